@@ -1,4 +1,4 @@
-"""Knows how a failure that the user can act on is carried: what failed, and the next command to try."""
+"""Knows how a failure the user can act on is carried: what failed, and what to try next."""
 
 
 class MoecliError(Exception):
