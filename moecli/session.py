@@ -1,21 +1,19 @@
-"""Knows which tokens of one conversation are in the KV cache, and what of them a new prompt can keep."""
+"""Knows which tokens of one conversation are in the KV cache, and what of them a prompt keeps."""
 
 from moecli.kv_cache import KvCache
 
 
 class Session:
-    """One sequence: its KV cache, the tokens in it, and the text they stand for."""
+    """One sequence: its KV cache and the tokens in it."""
 
     def __init__(self, cache: KvCache) -> None:
         self.cache = cache
         self.tokens: list[int] = []  # exactly what the KV cache holds
-        self.text: str | None = None  # what `tokens` decode to; None when not known
 
     def reset(self) -> None:
         """Forget everything."""
         self.cache.truncate(0)
         self.tokens.clear()
-        self.text = None
 
     def rewind(self, token_ids: list[int]) -> int:
         """Keep the common prefix with `token_ids`, less one token so that there is one to feed.
@@ -30,5 +28,4 @@ class Session:
         if common < len(self.tokens):
             common = self.cache.truncate(common)
             del self.tokens[common:]
-            self.text = None
         return common
