@@ -1,8 +1,9 @@
-"""Knows how routed experts are computed where they lie: joins the ops of quant and the manager of offload."""
+"""Knows how routed experts are computed where they lie: joins ops of quant and offload's manager."""
 
 import torch
 from torch import Tensor
 
+from moecli.models.config import ModelSpec
 from offload.manager import ExpertManager
 from quant import ops
 from quant.layout import ExpertLayout
@@ -14,19 +15,11 @@ class OffloadedExperts:
     Legend: T tokens, k choices a token, H hidden size, E experts a layer.
     """
 
-    def __init__(
-        self,
-        manager: ExpertManager,
-        layout: ExpertLayout,
-        num_experts: int,
-        activation: str,
-        weight_on_input: bool,
-    ) -> None:
+    def __init__(self, manager: ExpertManager, layout: ExpertLayout, spec: ModelSpec) -> None:
         self._manager = manager
         self._layout = layout
-        self._num_experts = num_experts
-        self._activation = activation
-        self._weight_on_input = weight_on_input
+        self._num_experts = spec.num_experts
+        self._weight_on_input = spec.weight_on_input
 
     def __call__(
         self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
@@ -46,7 +39,6 @@ class OffloadedExperts:
                     topk_weights,
                     self._table(lease.addresses),
                     self._layout,
-                    activation=self._activation,
                     weight_on_input=self._weight_on_input,
                 )
         return total.sum(dim=1).to(hidden.dtype)  # [T, H]

@@ -1,6 +1,6 @@
 """Knows how many bytes each part of a model takes in memory, from its spec and schemes alone."""
 
-from moecli.models.config import ModelSpec
+from moecli.models.config import DenseTensor, ModelSpec
 from offload.plan import ModelFootprint
 from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
@@ -14,16 +14,12 @@ def expert_layout(spec: ModelSpec, scheme: QuantScheme) -> ExpertLayout:
     return ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, scheme)
 
 
-def dense_nbytes(spec: ModelSpec, scheme: QuantScheme | None) -> int:
-    """Bytes of everything outside the routed experts; `scheme` None: 16 bits throughout."""
-    total = 0
-    for tensor in spec.dense_tensors:
-        if tensor.linear and scheme is not None:
-            rows, columns = tensor.shape
-            total += scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
-        else:
-            total += STORED_ITEMSIZE * tensor.numel
-    return total
+def tensor_nbytes(tensor: DenseTensor, scheme: QuantScheme | None) -> int:
+    """Bytes of a tensor outside the routed experts; `scheme` None: 16 bits throughout."""
+    if tensor.linear and scheme is not None:
+        rows, columns = tensor.shape
+        return scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
+    return STORED_ITEMSIZE * tensor.numel
 
 
 def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
@@ -53,8 +49,13 @@ def model_footprint(
 ) -> ModelFootprint:
     """The sizes that a placement is planned from."""
     layout = expert_layout(spec, scheme)
+    embedding = 0
+    if not spec.tie_word_embeddings:  # a tied one is read whole, as the head
+        embedding = STORED_ITEMSIZE * spec.vocab_size * spec.hidden_size
+    dense = sum(tensor_nbytes(tensor, dense_scheme) for tensor in spec.dense_tensors)
     return ModelFootprint(
-        dense_nbytes=dense_nbytes(spec, dense_scheme),
+        dense_nbytes=dense - embedding,
+        embedding_nbytes=embedding,
         kv_nbytes=spec.kv_nbytes(ctx, KV_ITEMSIZE),
         workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk),
         num_moe_layers=len(spec.moe_layers),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moecli.config import SamplingConfig
 from moecli.events import Event, Finished, FinishReason, GenerationStats, PrefillProgress, TextDelta
-from moecli.models.decoder import Batch, Decoder, SequenceSlice
-from moecli.sampler import sample
+from moecli.models.batch import Batch
+from moecli.models.decoder import Decoder
+from moecli.sampler import new_generator, sample
 from moecli.session import Session
 from moecli.stopping import StopFilter
 from moecli.tokenizer import Detokenizer, Tokenizer
@@ -55,7 +56,7 @@ def generate(
         logits = _forward(runtime.decoder, session, chunk)
         yield PrefillProgress(len(session.tokens) - cached, len(token_ids) - cached)
         reason = "cancelled" if cancelled() else None
-    generator = _generator(sampling.seed)
+    generator = new_generator(sampling.seed)
     while reason is None:
         assert logits is not None
         token = sample(logits, sampling, generator)
@@ -82,19 +83,9 @@ def peak_rss_nbytes() -> int:
 
 def _forward(decoder: Decoder, session: Session, tokens: list[int]) -> Tensor:
     """Logits [V] after `tokens`, which the session then holds."""
-    part = SequenceSlice(session.cache, start=len(session.tokens), length=len(tokens))
-    logits = decoder.forward(Batch(torch.tensor(tokens), (part,)))  # [1, V]
+    logits = decoder.forward(Batch.of(torch.tensor(tokens), session.cache))  # [1, V]
     session.tokens.extend(tokens)
     return logits[0]
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
 
 
 def _why_stop(
@@ -128,10 +119,10 @@ class _Answer:
 
     def add(self, token: int) -> str:
         self.num_tokens += 1
-        return self._append(self._stops.feed(self._detokenizer.feed(token)))
+        return self._append(self._stops.feed(self._detokenizer.add(token)))
 
     def end(self) -> str:
-        return self._append(self._stops.feed(self._detokenizer.flush()) + self._stops.flush())
+        return self._append(self._stops.feed(self._detokenizer.finish()) + self._stops.flush())
 
     def _append(self, delta: str) -> str:
         self.text += delta
@@ -155,7 +146,7 @@ class _Meter:
         self._sampled += 1
 
     def stats(self, prompt: int, cached: int, generated: int) -> GenerationStats:
-        now, before = self._manager.stats, self._before
+        cache = self._manager.stats - self._before
         ttft = (self._first or time.perf_counter()) - self._started
         decode = self._last - (self._first or self._last)
         return GenerationStats(
@@ -165,8 +156,8 @@ class _Meter:
             ttft_s=ttft,
             prefill_tok_s=(prompt - cached) / ttft,
             decode_tok_s=(self._sampled - 1) / decode if decode else 0.0,
-            expert_hits=now.hits - before.hits,
-            expert_misses=now.misses - before.misses,
-            expert_nbytes_read=now.nbytes_read - before.nbytes_read,
+            expert_hits=cache.hits,
+            expert_misses=cache.misses,
+            expert_nbytes_read=cache.disk_nbytes,
             peak_rss_nbytes=peak_rss_nbytes(),
         )
