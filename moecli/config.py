@@ -14,6 +14,7 @@ class EngineConfig:
     vram_nbytes: int | None = None
     threads: int | None = None  # None: one a physical core
     prefill_chunk: int = 512  # prompt tokens that go through the model at once
+    keep_experts: bool = True  # False: every expert is read from disk each time it is chosen
     kernels: str = "auto"  # backend of quant.ops: auto, reference, torch
 
     def __post_init__(self) -> None:

@@ -1,0 +1,75 @@
+"""Joins the names of a model with the converter: from a 16-bit checkpoint to a quantized one."""
+
+from pathlib import Path
+
+from moecli.errors import MoecliError
+from moecli.models.config import ModelSpec
+from moecli.models.naming import plan_conversion
+from quant.checkpoint import Checkpoint
+from quant.convert import (
+    ConversionJob,
+    ConversionResult,
+    ProgressCallback,
+    convert,
+    quantization_config,
+)
+from quant.scheme import QuantScheme
+
+# What a checkpoint needs besides config.json and weights, where the source has it.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "USE_POLICY.md",
+    "NOTICE",
+)
+
+
+def quantize_model(
+    source: Path,
+    out: Path,
+    scheme: QuantScheme,
+    dense_scheme: QuantScheme | None,
+    progress: ProgressCallback | None = None,
+) -> ConversionResult:
+    """Quantize the checkpoint in `source` to `out`, or take up what was interrupted.
+
+    Routed experts take `scheme`; attention, shared experts and an untied head `dense_scheme`, or
+    16 bits with None. Raises MoecliError and QuantError for anything wrong with the source, and
+    QuantError when `out` exists or cannot be written; what was finished then stays for a next try.
+    """
+    checkpoint = Checkpoint.open(source)
+    config = dict(checkpoint.config)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise MoecliError(
+            f"`{source}` is quantized already ({method})", "start from the 16-bit checkpoint"
+        )
+    spec = ModelSpec.from_hf(config)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    conversion = plan_conversion(spec, shapes, dense_scheme)
+    config["quantization_config"] = quantization_config(
+        scheme, dense_scheme, conversion.ignore
+    )
+    job = ConversionJob(
+        source=checkpoint,
+        out=out,
+        scheme=scheme,
+        dense_scheme=dense_scheme,
+        experts=conversion.experts,
+        dense=conversion.dense,
+        config=config,
+        extra_files=tuple(name for name in _COMPANIONS if (source / name).is_file()),
+    )
+    return convert(job, progress)

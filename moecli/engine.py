@@ -1,0 +1,205 @@
+"""Wires plan, experts, model and tokenizer into one thing that answers."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from moecli.config import EngineConfig, SamplingConfig
+from moecli.errors import MoecliError
+from moecli.events import Event
+from moecli.experts import OffloadedExperts
+from moecli.footprint import expert_layout, model_footprint
+from moecli.generation import Runtime, generate
+from moecli.kv_cache import KvCache
+from moecli.models.config import ModelSpec
+from moecli.models.decoder import Decoder
+from moecli.models.naming import dense_loader
+from moecli.session import Session
+from moecli.tokenizer import Tokenizer
+from offload.disk import DiskTier, ExpertSpan
+from offload.hardware import detect
+from offload.host import HostArena
+from offload.manager import ExpertManager
+from offload.plan import MemoryPlan, make_plan
+from offload.stats import CacheStats
+from offload.trace import Trace
+from quant import ops
+from quant.checkpoint import QuantizedCheckpoint
+
+DEFAULT_CTX = 8192
+KV_DTYPE = torch.bfloat16
+COMPUTE_DTYPE = torch.float32
+Message = dict[str, str]
+
+
+def _say_nothing(message: str) -> None:
+    pass
+
+
+class Engine:
+    """A quantized model ready to generate. Use it as a context manager, or close() it."""
+
+    def __init__(
+        self, checkpoint: QuantizedCheckpoint, config: EngineConfig, trace: Trace | None = None
+    ) -> None:
+        self.path = checkpoint.path
+        self.spec = ModelSpec.from_hf(dict(checkpoint.config))
+        self.tokenizer = Tokenizer.open(self.path)
+        self.generation_config = _read_generation_config(self.path)
+        self.ctx = context_size(config.ctx, self.spec)
+        self.plan = _plan(checkpoint, self.spec, self.ctx, config)
+        self._manager = _manager(checkpoint, self.spec, self.plan, config.keep_experts, trace)
+        self.decoder = Decoder(
+            self.spec,
+            dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense),
+            OffloadedExperts(self._manager, checkpoint.layout, self.spec),
+            COMPUTE_DTYPE,
+        )
+        self._runtime = Runtime(
+            self.decoder, self.tokenizer, self._manager, self.ctx, config.prefill_chunk
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        config: EngineConfig,
+        notify: Callable[[str], None] = _say_nothing,
+        trace: Trace | None = None,
+    ) -> "Engine":
+        """Open what `moecli quantize` wrote.
+
+        `notify` gets a message about every way in which the run is less than what was asked for;
+        `trace`, when given, records what the routers ask for. Raises MoecliError, QuantError or
+        OffloadError: no quantized model, a context too long, a budget too small.
+        """
+        cores = config.threads or detect().physical_cores
+        if cores is not None:
+            torch.set_num_threads(cores)
+        ops.set_backend("torch" if config.kernels == "auto" else config.kernels)
+        engine = cls(QuantizedCheckpoint.open(path), config, trace)
+        if engine.plan.ram_short:
+            notify(
+                f"the plan takes {engine.plan.ram_short >> 20} MiB more than this machine has "
+                "free now; other programs may be slowed down"
+            )
+        return engine
+
+    def new_session(self) -> Session:
+        """An empty conversation with a KV cache of its own."""
+        return Session(KvCache(self.spec, self.ctx, KV_DTYPE))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a raw prompt, with what the model wants before a text."""
+        return self.tokenizer.encode(text, special=True)
+
+    def encode_chat(self, messages: list[Message], session: Session | None = None) -> list[int]:
+        """Token ids of a conversation, up to where the assistant is to speak.
+
+        What `session` holds is kept token by token where the text is the same: an answer would
+        often be divided into other tokens when encoded anew, and then computed anew.
+        """
+        text = self.tokenizer.render(messages, add_generation_prompt=True)
+        if session is not None and session.tokens:
+            held = self.tokenizer.decode(session.tokens, skip_special=False)
+            if text.startswith(held):
+                return [*session.tokens, *self.tokenizer.encode(text[len(held) :])]
+        return self.tokenizer.encode(text)
+
+    def generate(
+        self,
+        session: Session,
+        token_ids: list[int],
+        sampling: SamplingConfig,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Event]:
+        """Events of one answer to the whole context `token_ids`; the last one is Finished.
+
+        Raises MoecliError for an empty context and for one that leaves no room for an answer.
+        """
+        if not token_ids:
+            raise MoecliError("the prompt is empty", "say something after the model's name")
+        if len(token_ids) >= self.ctx:
+            raise MoecliError(
+                f"the prompt has {len(token_ids)} tokens; the context holds {self.ctx}",
+                f"shorten it, or give a longer `--ctx` (the model's limit: {self.spec.max_context})",
+            )
+        return generate(self._runtime, session, token_ids, sampling, cancelled)
+
+    def expert_stats(self) -> CacheStats:
+        """What the expert cache has counted since the model was opened."""
+        return self._manager.stats
+
+    def check_integrity(self, deep: bool = False) -> None:
+        """Assert that the bookkeeping of experts is sound; `deep` compares bytes with the file."""
+        self._manager.check_integrity(deep)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def context_size(asked: int | None, spec: ModelSpec) -> int:
+    """Tokens of context: what was asked for, or the smaller of the model's own and 8192."""
+    if asked is None:
+        return min(spec.max_context, DEFAULT_CTX)
+    if asked > spec.max_context:
+        raise MoecliError(
+            f"a context of {asked} tokens is longer than the model's own {spec.max_context}",
+            f"give `--ctx {spec.max_context}` or less",
+        )
+    return asked
+
+
+def _plan(
+    checkpoint: QuantizedCheckpoint, spec: ModelSpec, ctx: int, config: EngineConfig
+) -> MemoryPlan:
+    assert checkpoint.layout == expert_layout(spec, checkpoint.scheme), "config.json and manifest"
+    footprint = model_footprint(
+        spec, checkpoint.scheme, checkpoint.dense_scheme, ctx, config.prefill_chunk
+    )
+    return make_plan(footprint, detect(checkpoint.path), config.ram_nbytes, config.vram_nbytes)
+
+
+def _manager(
+    checkpoint: QuantizedCheckpoint,
+    spec: ModelSpec,
+    plan: MemoryPlan,
+    keep: bool,
+    trace: Trace | None,
+) -> ExpertManager:
+    """The tiers that the plan says, over the experts of the checkpoint."""
+    assert plan.device_slots == 0, "this version computes on the CPU"
+    spans = {
+        (layer, expert): ExpertSpan(*checkpoint.expert_span(layer, expert))
+        for layer in spec.moe_layers
+        for expert in range(spec.num_experts)
+    }
+    arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
+    return ExpertManager(DiskTier(spans), arena, keep=keep, trace=trace)
+
+
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's own defaults of sampling; empty when it has none."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MoecliError(f"`{file}` is not JSON: {error}", "mend or delete it") from error
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,91 @@
+"""The answer does not depend on where the experts lie, and memory stays within the plan."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moecli.config import EngineConfig, SamplingConfig
+from moecli.engine import Engine
+from moecli.events import Finished
+from moecli.models.batch import Batch
+from tests.e2e import tiny
+
+PROMPT = "Tell me a story about a fox, please. " * 3
+
+
+def budget_for(path: Path, share: float, **settings: int) -> int:
+    """Bytes of RAM that hold `share` of the experts, and at least one token's."""
+    with Engine.open(path, EngineConfig(**settings)) as engine:
+        plan, least = engine.plan, engine.spec.experts_per_token
+        fixed = plan.ram_nbytes - plan.host_slots * plan.slot_nbytes
+        return fixed + max(least, int(share * plan.total_experts)) * plan.slot_nbytes
+
+
+def greedy(path: Path, config: EngineConfig, num_tokens: int = 40) -> tuple[str, list[int], float]:
+    """Answer, tokens and hit rate; the bookkeeping is checked after every event."""
+    with Engine.open(path, config) as engine:
+        session = engine.new_session()
+        prompt = engine.encode_chat([{"role": "user", "content": PROMPT}])
+        sampling = SamplingConfig(temperature=0, max_tokens=num_tokens)
+        for event in engine.generate(session, prompt, sampling):
+            engine.check_integrity(deep=True)
+        assert isinstance(event, Finished)
+        assert event.stats.hit_rate is not None
+        return event.text, list(session.tokens), event.stats.hit_rate
+
+
+@pytest.fixture(scope="session", params=["tiny", "tiny-qwen3", "demo"])
+def model(request: pytest.FixtureRequest) -> Path:
+    name = {"tiny": "quantized", "tiny-qwen3": "quantized_qwen3", "demo": "quantized_demo"}
+    return request.getfixturevalue(name[request.param])
+
+
+def test_greedy_output_is_the_same_wherever_experts_lie(model: Path) -> None:
+    everything = greedy(model, EngineConfig(ctx=256))
+    for share in (0.1, 0.25, 0.5):
+        config = EngineConfig(ctx=256, ram_nbytes=budget_for(model, share, ctx=256))
+        text, tokens, hit_rate = greedy(model, config)
+        assert (text, tokens) == everything[:2], f"{share:.0%} of the experts resident"
+        assert hit_rate < everything[2], "a smaller budget was no smaller"
+    text, tokens, hit_rate = greedy(model, EngineConfig(ctx=256, keep_experts=False))
+    assert (text, tokens) == everything[:2], "every expert read from disk"
+    assert hit_rate == 0
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_logits_are_bitwise_the_same_wherever_experts_lie(model: Path, kernels: str) -> None:
+    def logits(config: EngineConfig) -> torch.Tensor:
+        with Engine.open(model, config) as engine:
+            tokens = torch.arange(100, 150)
+            batch = Batch.of(tokens, engine.new_session().cache, all_logits=True)
+            return engine.decoder.forward(batch)
+
+    budget = budget_for(model, 0.1, ctx=256)
+    everything = logits(EngineConfig(ctx=256, kernels=kernels))
+    little = logits(EngineConfig(ctx=256, kernels=kernels, ram_nbytes=budget))
+    nothing = logits(EngineConfig(ctx=256, kernels=kernels, keep_experts=False))
+    assert torch.isfinite(everything).all()
+    assert torch.equal(everything, little)
+    assert torch.equal(everything, nothing)
+
+
+def test_an_expert_in_the_wrong_slot_shows(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above has teeth: swapping two experts' addresses changes the answer."""
+    from offload.manager import ExpertManager
+
+    right = greedy(quantized, EngineConfig(ctx=256))
+    ensure = ExpertManager.ensure
+
+    def swapped(self: ExpertManager, layer: int, experts: list[int]):  # noqa: ANN202
+        lease = ensure(self, layer, experts)
+        places = list(lease.addresses.values())
+        lease.addresses = dict(zip(lease.addresses, places[1:] + places[:1], strict=True))
+        return lease
+
+    monkeypatch.setattr(ExpertManager, "ensure", swapped)
+    assert greedy(quantized, EngineConfig(ctx=256))[1] != right[1]
+
+
+def test_the_tiny_models_have_more_experts_than_a_tenth_holds() -> None:
+    assert tiny.EXPERTS * tiny.LAYERS >= 10
