@@ -7,7 +7,9 @@ over a group is a fixed tree of additions: the result of a group depends on noth
 neither on the tile nor on the machine.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,6 +36,22 @@ _INT4_CANDIDATES = 8
 _INT8_STEPS = range(-2, 6)
 
 
+@dataclass(frozen=True)
+class SquaredError:
+    """Sums over weights: of squared differences, and of squares. Adds up over tensors."""
+
+    error: float = 0.0
+    total: float = 0.0
+
+    def __add__(self, other: "SquaredError") -> "SquaredError":
+        return SquaredError(self.error + other.error, self.total + other.total)
+
+    @property
+    def relative_rms(self) -> float:
+        """Root of the mean squared error, relative to that of the weights."""
+        return math.sqrt(self.error / self.total) if self.total else 0.0
+
+
 def quantize(weight: Tensor, scheme: QuantScheme, method: Method = "searched") -> QuantizedWeight:
     """Quantize a weight [O, I] of any float dtype and any strides.
 
@@ -42,6 +60,19 @@ def quantize(weight: Tensor, scheme: QuantScheme, method: Method = "searched") -
     no group of "searched" has a larger error than it. Raises QuantError for values that are not
     finite or too large for a bf16 scale.
     """
+    return _quantize(weight, scheme, method)[0]
+
+
+def quantize_measured(weight: Tensor, scheme: QuantScheme) -> tuple[QuantizedWeight, SquaredError]:
+    """As `quantize`, and the error made; the same to the last bit however tiles are cut."""
+    quantized, errors, totals = _quantize(weight, scheme, "searched", measure=True)
+    return quantized, SquaredError(math.fsum(errors), math.fsum(totals))
+
+
+def _quantize(
+    weight: Tensor, scheme: QuantScheme, method: Method, measure: bool = False
+) -> tuple[QuantizedWeight, list[float], list[float]]:
+    """The weight, and the squared errors and squares of each row if they are to be measured."""
     assert weight.dim() == 2, f"a weight has not {weight.dim()} dimensions"
     assert weight.is_floating_point(), f"a weight is not {weight.dtype}"
     assert method in ("searched", "nearest"), f"unknown method {method}"
@@ -51,6 +82,8 @@ def quantize(weight: Tensor, scheme: QuantScheme, method: Method = "searched") -
     scale = torch.empty(scheme.scale_shape(out_features, in_features), dtype=torch.bfloat16)
     rows = max(1, min(out_features, _TILE_VALUES // in_features))
     tile = _Tile(scheme, rows, in_features // scheme.group_size)
+    errors: list[float] = []
+    totals: list[float] = []
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         tile.load(weight[start:stop])
@@ -58,8 +91,11 @@ def quantize(weight: Tensor, scheme: QuantScheme, method: Method = "searched") -
             tile.search()
         else:
             tile.nearest()
+        if measure:
+            errors += tile.row_errors()
+            totals += tile.row_squares()
         tile.store(packed[start:stop], scale[start:stop])
-    return QuantizedWeight(packed, scale, scheme)
+    return QuantizedWeight(packed, scale, scheme), errors, totals
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,6 +154,20 @@ class _Tile:
         rows, groups = scale.shape
         packed.view(torch.uint8).view(rows, groups, -1).copy_(code.to(torch.uint8).permute(1, 2, 0))
         scale.copy_(self.scale)
+
+    def row_errors(self) -> list[float]:
+        """Squared error of each row."""
+        return self._row_sums(self._error_of(self.scale))
+
+    def row_squares(self) -> list[float]:
+        """Sum of squares of each row."""
+        torch.mul(self.x, self.extreme.reciprocal(), out=self.t)
+        return self._row_sums(self._group_sum(self.t.mul_(self.t)))
+
+    def _row_sums(self, values: Tensor) -> list[float]:
+        """Sums [r] of [r, G], given in units of the squared extremes."""
+        sums: list[float] = (values.double() * self.extreme.double().square()).sum(1).tolist()
+        return sums
 
     def _candidates(self) -> Iterator[Tensor]:
         """Scales [r, G] to try; the first is plain rounding, so nothing worse is ever kept."""

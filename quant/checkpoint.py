@@ -1,0 +1,286 @@
+"""Knows directories of safetensors files: foreign ones, and those that moecli has written.
+
+Knows no model family: names of tensors mean nothing here, except the suffixes of a quantized
+weight and the table of experts in the manifest.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.errors import QuantError
+from quant.layout import ExpertLayout
+from quant.safetensors_file import SafetensorsFile
+from quant.scheme import QuantScheme
+from quant.tensor import QuantizedWeight
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MANIFEST_FILE = "moecli.json"
+FORMAT_VERSION = 1
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SAMPLES = 64  # blocks of each file that go into a fingerprint
+_BLOCK_NBYTES = 4096
+_HASH_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint; `offset` counts from the start of its file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with config.json and safetensors; headers are read, tensors are not."""
+
+    path: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, SafetensorsFile]  # by file name
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Raises QuantError where something is missing, damaged or pickled."""
+        if not path.is_dir():
+            raise QuantError(f"`{path}` is not a directory", "give the directory of a model")
+        config = read_json(path / CONFIG_FILE)
+        names_by_file = _names_by_file(path)
+        files: dict[str, SafetensorsFile] = {}
+        tensors: dict[str, TensorInfo] = {}
+        for file_name, names in sorted(names_by_file.items()):
+            file = files[file_name] = SafetensorsFile.open(path / file_name)
+            for name in file.entries if names is None else names:
+                entry = file.entries.get(name)
+                if entry is None:
+                    raise QuantError(
+                        f"`{path / file_name}` lacks `{name}`, which `{INDEX_FILE}` promises",
+                        "the download is incomplete or mixed; download it again",
+                    )
+                tensors[name] = TensorInfo(
+                    file.path, entry.dtype, entry.shape, entry.offset, entry.nbytes
+                )
+        return cls(path, config, files, tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises QuantError when there is no such tensor."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise QuantError(
+                f"`{self.path}` has no tensor `{name}`",
+                "the checkpoint is incomplete, or of another layout than its config.json says",
+            )
+        return found
+
+    def read(self, name: str) -> Tensor:
+        return self._file(name).read(name)
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """tensor[index] along the first dimension; only these bytes are read."""
+        return self._file(name).read_slice(name, index)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """tensor[start:stop] along the first dimension; only these bytes are read."""
+        return self._file(name).read_rows(name, start, stop)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the headers, the config and samples of the tensors: tells checkpoints apart."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file_name, file in sorted(self.files.items()):
+            digest.update(f"{file_name} {file.nbytes}".encode())
+            digest.update(file.header)
+            with file.path.open("rb") as data:
+                for sample in range(_SAMPLES):
+                    last = max(0, file.nbytes - _BLOCK_NBYTES)
+                    data.seek(last * sample // (_SAMPLES - 1))
+                    digest.update(data.read(_BLOCK_NBYTES))
+        return digest.hexdigest()
+
+    def _file(self, name: str) -> SafetensorsFile:
+        return self.files[self.info(name).file.name]
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A directory that moecli has written, with its manifest."""
+
+    checkpoint: Checkpoint
+    manifest: Mapping[str, Any]
+    layout: ExpertLayout
+    dense_scheme: QuantScheme | None
+
+    @classmethod
+    def open(cls, path: Path) -> "QuantizedCheckpoint":
+        """Raises QuantError where it is not one, or not of this version, or damaged."""
+        if path.is_dir() and not (path / MANIFEST_FILE).exists():
+            raise QuantError(
+                f"`{path}` was not written by moecli", f"`moecli quantize {path}` converts it"
+            )
+        manifest = read_json(path / MANIFEST_FILE)
+        if manifest.get("format") != FORMAT_VERSION:
+            raise QuantError(
+                f"`{path}` has format {manifest.get('format')!r}; this moecli reads "
+                f"{FORMAT_VERSION}",
+                "quantize the model again, or use the moecli that wrote it",
+            )
+        dense = manifest["dense_scheme"]
+        quantized = cls(
+            Checkpoint.open(path),
+            manifest,
+            ExpertLayout(
+                manifest["hidden_size"],
+                manifest["intermediate_size"],
+                QuantScheme.parse(manifest["scheme"]),
+            ),
+            None if dense is None else QuantScheme.parse(dense),
+        )
+        quantized._check_sizes()
+        return quantized
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.checkpoint.config
+
+    @property
+    def scheme(self) -> QuantScheme:
+        return self.layout.scheme
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the decoder layers that have routed experts."""
+        return tuple(int(layer) for layer in self.manifest["layers"])
+
+    def num_experts(self, layer: int) -> int:
+        return len(self.manifest["layers"][str(layer)])
+
+    def expert_span(self, layer: int, expert: int) -> tuple[Path, int, int]:
+        """(file, offset, nbytes) of one expert's bytes."""
+        shard, offset = self.manifest["layers"][str(layer)][expert]
+        return self.path / self.manifest["shards"][shard], offset, self.layout.nbytes
+
+    def dense(self, name: str) -> QuantizedWeight | Tensor:
+        """What is not a routed expert, by its name in the source, with or without `.weight`."""
+        stem = name.removesuffix(".weight")
+        if f"{stem}.weight_packed" not in self.checkpoint.tensors:
+            return self.checkpoint.read(name)
+        assert self.dense_scheme is not None, f"`{name}` is quantized, the manifest says nothing is"
+        return QuantizedWeight(
+            self.checkpoint.read(f"{stem}.weight_packed"),
+            self.checkpoint.read(f"{stem}.weight_scale"),
+            self.dense_scheme,
+        )
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Hash every file again; raises QuantError naming the first that has changed.
+
+        `progress` is called with (bytes done, bytes in total).
+        """
+        total = sum(record["nbytes"] for record in self.manifest["files"].values())
+        done = 0
+        for name, record in self.manifest["files"].items():
+            digest = hashlib.sha256()
+            for block in _blocks(self.path / name):
+                digest.update(block)
+                done += len(block)
+                if progress is not None:
+                    progress(done, total)
+            if digest.hexdigest() != record["sha256"]:
+                raise QuantError(
+                    f"`{self.path / name}` is not what was written: its checksum differs",
+                    "quantize the model again",
+                )
+
+    def _check_sizes(self) -> None:
+        for name, record in self.manifest["files"].items():
+            file = self.path / name
+            if not file.exists():
+                raise QuantError(f"`{file}` is missing", "quantize the model again")
+            if file.stat().st_size != record["nbytes"]:
+                raise QuantError(
+                    f"`{file}` has {file.stat().st_size} bytes, not {record['nbytes']}",
+                    "the copy is incomplete; quantize the model again",
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises QuantError when there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise QuantError(
+            f"`{path.parent}` has no `{path.name}`", "give the directory of a model"
+        ) from error
+    except OSError as error:
+        raise QuantError(f"cannot read `{path}`: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise QuantError(f"`{path}` is not JSON: {error}", "download it again") from error
+    if not isinstance(content, dict):
+        raise QuantError(f"`{path}` is not a JSON object", "download it again")
+    return content
+
+
+def _names_by_file(path: Path) -> dict[str, list[str] | None]:
+    """File name -> the tensors to take from it (None: all)."""
+    if not (path / INDEX_FILE).exists():
+        if (path / SINGLE_FILE).exists():
+            return {SINGLE_FILE: None}
+        _refuse_pickles(path)
+        raise QuantError(
+            f"`{path}` has neither `{SINGLE_FILE}` nor `{INDEX_FILE}`",
+            "the weights are missing; download the model again",
+        )
+    weight_map = read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise QuantError(f"`{path / INDEX_FILE}` has no weight_map", "download it again")
+    names_by_file: dict[str, list[str] | None] = {}
+    for name, file_name in weight_map.items():
+        # A name that leads out of the directory must not be followed.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise QuantError(f"`{path / INDEX_FILE}` names the impossible file {file_name!r:.80}")
+        names = names_by_file.setdefault(file_name, [])
+        assert names is not None, "files of an index have their tensors listed"
+        names.append(name)
+    missing = [name for name in sorted(names_by_file) if not (path / name).exists()]
+    if missing:
+        raise QuantError(
+            f"`{path}` lacks {len(missing)} of {len(names_by_file)} shards: `{missing[0]}`"
+            + (" and others" if len(missing) > 1 else ""),
+            "the download is incomplete; download the model again",
+        )
+    return names_by_file
+
+
+def _refuse_pickles(path: Path) -> None:
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise QuantError(
+            f"`{path}` has only pickled weights (`{pickles[0]}`), which may run code when read",
+            "use a safetensors version of this model",
+        )
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_HASH_NBYTES):
+                yield block
+    except OSError as error:
+        raise QuantError(f"cannot read `{path}`: {error.strerror}") from error

@@ -1,0 +1,131 @@
+"""Knows how a conversion is described: which slice of which source tensor becomes what.
+
+The names come from outside: nothing here knows a model family.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quant.checkpoint import Checkpoint
+from quant.errors import QuantError
+from quant.scheme import QuantScheme
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Tensors that need not be taken whole are read in blocks of about this many bytes.
+_BLOCK_NBYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A matrix inside a source tensor: tensor[index], then transposed, then rows[a:b]."""
+
+    name: str
+    index: int | None = None
+    transpose: bool = False
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ExpertItem:
+    """One routed expert, written as `prefix`.gate_proj.weight_packed and so on."""
+
+    layer: int
+    expert: int
+    prefix: str
+    gate: TensorSlice
+    up: TensorSlice
+    down: TensorSlice
+
+    @property
+    def projections(self) -> dict[str, TensorSlice]:
+        return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
+
+
+@dataclass(frozen=True)
+class DenseItem:
+    """Any other tensor. With a scheme, `name` is that of the Linear (`...q_proj`) and it is
+    quantized; without, `name` is that of the tensor and it is kept (fp32 and fp64 become bf16).
+    """
+
+    name: str
+    source: TensorSlice
+    scheme: QuantScheme | None
+
+
+def shape_of(source: Checkpoint, part: TensorSlice) -> tuple[int, ...]:
+    """Shape of a slice; raises QuantError, naming the tensor, when there is no such slice."""
+    shape = source.info(part.name).shape
+    wrong = QuantError(
+        f"`{part.name}` has the shape {list(shape)}, which does not fit the model's config.json",
+        "the checkpoint and its config do not belong together; download both again",
+    )
+    if part.index is not None:
+        if not shape or part.index >= shape[0]:
+            raise wrong
+        shape = shape[1:]
+    if part.transpose:
+        if len(shape) != 2:
+            raise wrong
+        shape = (shape[1], shape[0])
+    if part.rows is not None:
+        start, stop = part.rows
+        if not shape or not 0 <= start < stop <= shape[0]:
+            raise wrong
+        shape = (stop - start, *shape[1:])
+    return shape
+
+
+def matrix_shape(source: Checkpoint, part: TensorSlice) -> tuple[int, int]:
+    """(out_features, in_features) of a slice that is to be quantized."""
+    shape = shape_of(source, part)
+    dtype = source.info(part.name).dtype
+    if len(shape) != 2:
+        raise QuantError(f"`{part.name}` of shape {list(shape)} is no matrix to quantize")
+    if dtype not in _FLOATS:
+        raise QuantError(
+            f"`{part.name}` holds {str(dtype).removeprefix('torch.')}, not bf16, fp16 or fp32",
+            "use the original checkpoint, one that is not quantized",
+        )
+    return shape[0], shape[1]
+
+
+@dataclass
+class SliceReader:
+    """Reads slices in blocks of rows; holds at most one fused slice in memory."""
+
+    source: Checkpoint
+    _held: tuple[str, int | None] | None = None
+    _tensor: Tensor | None = field(default=None, repr=False)
+
+    def blocks(self, part: TensorSlice) -> Iterator[Tensor]:
+        """The rows of a slice, in order, some at a time: tensors of any strides."""
+        shape = shape_of(self.source, part)
+        if not shape:
+            yield self.source.read(part.name)
+            return
+        start, stop = part.rows or (0, shape[0])
+        row_nbytes = self.source.info(part.name).dtype.itemsize
+        for size in shape[1:]:
+            row_nbytes *= size
+        step = max(1, _BLOCK_NBYTES // max(1, row_nbytes))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            if part.index is None and not part.transpose:
+                yield self.source.read_rows(part.name, first, last)
+            else:
+                whole = self._hold(part.name, part.index)
+                yield (whole.t() if part.transpose else whole)[first:last]
+
+    def release(self) -> None:
+        self._held = self._tensor = None
+
+    def _hold(self, name: str, index: int | None) -> Tensor:
+        """The slice, read unless it is the one read last: gate and up often share one."""
+        if self._held != (name, index) or self._tensor is None:
+            self.release()  # before reading, so that two are never held
+            read = self.source.read(name) if index is None else self.source.read_slice(name, index)
+            self._held, self._tensor = (name, index), read
+        return self._tensor
