@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from moecli.errors import MoecliError
 from moecli.models.config import DenseTensor, ModelSpec
-from quant.convert import DenseItem, ExpertItem, TensorSlice
+from quant.items import DenseItem, ExpertItem, TensorSlice
 from quant.scheme import QuantScheme
 
 W = TypeVar("W")
