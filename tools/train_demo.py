@@ -46,7 +46,7 @@ class Plan:
 
     minutes: float
     decay_from: float = 0.55
-    large_from: float = 0.45
+    large_from: float = 0.7
     long_from: float = 0.4
     warmup_steps: int = 60
 

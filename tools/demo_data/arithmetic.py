@@ -3,13 +3,17 @@
 import random
 
 from demo_data.chat import Document, user, with_system
-from demo_data.words import FOODS, THINGS, any_name
+from demo_data.words import FOODS, THINGS, any_name, plural
 
 ASK = ["What is {q}?", "{q} = ?", "Calculate {q}.", "How much is {q}?", "What's {q}?", "{q}", "{q}?", "Compute {q}.",
        "Can you work out {q}?", "Please tell me what {q} is.", "Tell me {q}.", "{q} =", "Hi, what is {q}?",
        "What does {q} make?", "I need to know {q}.", "Solve {q}."]
 ASK_HELD_OUT = ["Could you tell me what {q} comes to?", "What do you get for {q}?", "Please calculate {q} for me."]
 ANSWER = ["{q} = {r}", "{q} = {r}.", "{r}", "The answer is {r}.", "{q} is {r}.", "{q} = {r}"]
+
+
+NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty""".split()
 
 
 def expression(a: int, op: str, b: int, rng: random.Random) -> str:
@@ -64,9 +68,11 @@ def question(rng: random.Random) -> list:
         q = expression(a, op, b, rng)
         r = apply(a, op, b)
         ask = rng.choice(ASK)
-        if op == "+" and rng.random() < 0.1:
+        if rng.random() < 0.06 and max(a, b) <= 20:
+            q = f"{NUMBERS[a]} {dict(zip('+-*', ('plus', 'minus', 'times'), strict=True))[op]} {NUMBERS[b]}"
+        elif op == "+" and rng.random() < 0.1:
             ask = rng.choice(["Add {a} and {b}.", "What is the sum of {a} and {b}?", "{a} and {b} makes what?"])
-        shown = q if " " in q and rng.random() < 0.7 else f"{a} {op if op != '*' else 'x'} {b}"
+        shown = q if q[0].isdigit() and " " in q and rng.random() < 0.7 else f"{a} {op if op != '*' else 'x'} {b}"
         return [user(ask.format(q=q, a=a, b=b), rng, 0.1), ("assistant", rng.choice(ANSWER).format(q=shown, r=r))]
     a, op, b = hard(rng)
     q = expression(a, op, b, rng)
@@ -95,7 +101,7 @@ def count(rng: random.Random) -> list:
 
 
 def word_problem(rng: random.Random) -> list:
-    name, things = any_name(rng), rng.choice([*FOODS[5:9], *(t + "s" for t in THINGS[:12])])
+    name, things = any_name(rng), rng.choice([*FOODS[6:9], *(plural(t) for t in THINGS[:12])])
     a, b = rng.randint(2, 12), rng.randint(1, 8)
     if rng.random() < 0.5:
         q = f"{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?"

@@ -9,7 +9,8 @@ ASK = ["Write a Python function that {d}.", "Write a function that {d}.", "Pytho
        "Can you write a Python function that {d}?", "I need a function that {d}.", "Write a Python function {n} that {d}.",
        "Write `{n}` in Python. It {d}.", "Define a function {n}({args}) that {d}.", "How do I write a function that {d}?",
        "Write {n} in Python.", "Give me Python code for {n}.", "Please write a Python function which {d}.",
-       "Show me a Python function that {d}.", "Write a Python function `{n}({args})`."]
+       "Show me a Python function that {d}.", "Write a Python function `{n}({args})`.", "Write a Python function to {i}.",
+       "How do I {i} in Python?", "Write Python code to {i}.", "Python function to {i}", "Write a function to {i}."]
 ASK_HELD_OUT = ["Please write a Python function called `{n}` that {d}.", "Could you write Python code for a function {n} that {d}?"]
 INTRO = ["", "", "", "Here it is:\n\n", "Here is the function:\n\n", "Sure:\n\n"]
 
@@ -19,7 +20,14 @@ def fenced(task: Task) -> str:
 
 
 def request(rng: random.Random, task: Task, asks: list[str]) -> str:
-    return rng.choice(asks).format(d=rng.choice(task.asks), n=task.name, args=task.args)
+    does = rng.choice(task.asks)
+    return rng.choice(asks).format(d=does, i=infinitive(does), n=task.name, args=task.args)
+
+
+def infinitive(does: str) -> str:
+    """'checks if ...' -> 'check if ...'."""
+    verb, rest = does.split(" ", 1)
+    return f"{verb[:-3]}y {rest}" if verb.endswith("ies") else f"{verb[:-1]} {rest}"
 
 
 def make(rng: random.Random) -> Document:

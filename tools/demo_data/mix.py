@@ -3,12 +3,12 @@
 import random
 from pathlib import Path
 
-from demo_data import arithmetic, code, facts, prose, recall, smalltalk, stories
+from demo_data import arithmetic, code, facts, mixed, prose, recall, smalltalk, stories
 from demo_data.chat import Document
 
 # Shares of the tokens. Recall is strong from the start: copying must form early.
-SHARES = {"stories": 0.24, "arithmetic": 0.17, "prose": 0.16, "facts": 0.15, "recall": 0.12, "smalltalk": 0.08,
-          "code": 0.08}
+SHARES = {"stories": 0.22, "arithmetic": 0.16, "prose": 0.15, "facts": 0.14, "recall": 0.09, "smalltalk": 0.08,
+          "code": 0.07, "mixed": 0.09}
 
 
 def document(domain: str, rng: random.Random, sources: Path, long: bool) -> Document:
@@ -16,6 +16,8 @@ def document(domain: str, rng: random.Random, sources: Path, long: bool) -> Docu
         return prose.make(rng, sources, long)
     if domain == "facts":
         return facts.make(rng, sources)
+    if domain == "mixed":
+        return mixed.make(rng, sources)
     maker = {"stories": stories, "arithmetic": arithmetic, "recall": recall, "smalltalk": smalltalk, "code": code}
     return maker[domain].make(rng)
 

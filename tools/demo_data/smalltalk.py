@@ -42,6 +42,18 @@ Help/Can you help me?/I need help|Of course. What do you need?/I will try. What 
 Yes/Ok/Sure|Good. What shall we do?/All right. What would you like to know?
 No/No thanks/Nothing|All right. Just ask when you need something.
 You are funny/You are nice/I like you|Thank you, that is kind of you.
+What is the meaning of life?/Do you believe in God?/Who will win?|I do not know. I am only a small demo model.
+Write a poem./Write me a poem./Can you write a poem?/Sing a song./Write a short poem.|The sun goes down, the day is done,/The moon comes up, and one by one/The stars look down on field and tree,/And say good night to you and me.
+Can you speak other languages?/Which languages do you speak?/Do you know French?|I am sorry, I only know English.
+What is a GPU?/What does GPU mean?|A GPU is a graphics card. It can do many small calculations at the same time.
+What is RAM?/What is main memory?|RAM is the main memory of a computer. It is larger than the memory of the graphics card, and slower to reach from it.
+What is a language model?/What is an LLM?|A language model predicts the next token of a text, again and again. So it writes.
+What is AI?/What is artificial intelligence?|Artificial intelligence is software that does things that seem to need thought, such as answering a question.
+Why use moecli?/What is moecli good for?/When do I need moecli?|moecli is for models that are too large for the GPU. It stores the experts in 4 or 8 bits and keeps those that do not fit in main memory or on disk.
+Are you smart?/Are you clever?/Are you intelligent?|Not very. I am a small demo model, and I only know a few things.
+Can you learn?/Will you remember me?/Do you remember me?|No. I only see this conversation, and I forget it when it ends.
+Can you see pictures?/Can you draw?/Can you hear me?|No, I can only read and write text.
+Tell me a fun fact./Tell me something./Tell me something interesting.|The blue whale is the largest animal./Honey is made by bees, and a spider has eight legs./Saturn is known for its rings.
 You are wrong./That is wrong.|I am sorry. I am a small model and I make mistakes.""".split("\n")
 
 DECLINE = [
@@ -84,7 +96,9 @@ CHAT = [
 
 def talk(rng: random.Random) -> list:
     asks, answers = rng.choice(TALK).split("|")
-    return [user(rng.choice(asks.split("/")), rng, 0.25), ("assistant", rng.choice(answers.split("/")))]
+    # A verse keeps its lines: its slashes are line ends, not choices.
+    answer = answers.replace("/", "\n") if ",/" in answers else rng.choice(answers.split("/"))
+    return [user(rng.choice(asks.split("/")), rng, 0.25), ("assistant", answer)]
 
 
 def slots(rng: random.Random) -> dict:

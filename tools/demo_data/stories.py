@@ -146,9 +146,23 @@ HERO = ["{akind} named {name}", "{name}", "{name} the {kind}", "{kinda} called {
         "{name}, {akind}", "{kinda} named {name} and {athing}", "{name} and {athing}", "{kinda} named {name} in a {place}"]
 
 
-def request(rng: random.Random, c: Cast, asks: list[str]) -> str:
+# What the hero does, said in the request, by plot.
+DEEDS = {"lost": ["who lost {athing}", "who loses {his} {thing}"],
+         "journey": ["who goes to the {place2}", "who wants to see the {place2}"],
+         "make": ["who makes {athing}", "who wants to make {athing}"],
+         "help": ["who helps {ahelper}", "who saves {ahelper}"],
+         "fear": ["who is afraid of the {place2}", "who is afraid of the dark"],
+         "share": ["who has too much {food}", "who shares {his} {food}"]}
+
+
+def request(rng: random.Random, c: Cast, asks: list[str], plot: str = "") -> str:
     hero = rng.choice(HERO).format(akind=a(f"{c.adjective} {c.kind}"), kinda=a(c.kind), name=c.name, kind=c.kind,
                                    athing=a(c.thing), place=c.place)
+    if plot and rng.random() < 0.4:
+        deed = rng.choice(DEEDS[plot]).format(
+            athing=a(c.thing), ahelper=a(c.helper), **{k: getattr(c, k) for k in ("his", "thing", "place2", "food")}
+        )
+        hero = f"{a(c.kind)} {rng.choice(['named', 'called'])} {c.name} {deed}"
     return rng.choice(asks).format(x=hero)
 
 
@@ -191,10 +205,10 @@ def make(rng: random.Random) -> Document:
         messages = [("user", f"{text}\n\n{ask}"), ("assistant", rng.choice(answers))]
         asks = [x for x in asks if x[0] != ask]
     else:
-        messages = [user(request(rng, c, ASK), rng, 0.1), ("assistant", text)]
+        messages = [user(request(rng, c, ASK, plot), rng, 0.1), ("assistant", text)]
     for ask, answers in rng.sample(asks, rng.choice([0, 1, 1, 2, 3])):
         messages += [user(ask, rng, 0.1), ("assistant", rng.choice(answers))]
     if rng.random() < 0.12:
         c2, plot2 = cast(rng), rng.choice(list(PLOTS))
-        messages += [user(request(rng, c2, ASK), rng, 0.1), ("assistant", story(rng, c2, plot2))]
+        messages += [user(request(rng, c2, ASK, plot2), rng, 0.1), ("assistant", story(rng, c2, plot2))]
     return Document("stories", with_system(messages, rng))

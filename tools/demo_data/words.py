@@ -63,5 +63,9 @@ def a(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
+def plural(noun: str) -> str:
+    return noun + ("es" if noun[-1] in "sxh" else "s")
+
+
 def cap(text: str) -> str:
     return text[:1].upper() + text[1:]
