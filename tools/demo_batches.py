@@ -60,9 +60,10 @@ class Encoder:
         return weights
 
 
-def write_shard(path: Path, encoder: Encoder, sources: Path, seed: str, num_tokens: int, long: bool) -> None:
+def write_shard(path: Path, encoder: Encoder, sources: Path, seed: str, num_tokens: int, long: bool,
+                copying: float = 0.0) -> None:
     rng = random.Random(seed)
-    items = encoder.encode(draw(rng, sources, encoder.size, num_tokens, long))
+    items = encoder.encode(draw(rng, sources, encoder.size, num_tokens, long, copying))
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         np.savez(

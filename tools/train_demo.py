@@ -12,18 +12,20 @@ import itertools
 import json
 import os
 import random
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 SEED = "moecli-demo"
 SHARD_TOKENS = 1_000_000
+COPYING_SHARDS = range(2, 7)
 LONG_FROM = 7  # from this shard on, prose passages may be long
 
 
 def make_data(args) -> None:
     from demo_batches import Encoder, write_shard
-    from demo_data.mix import draw
+    from demo_data.mix import COPYING, draw
     from demo_model import DemoConfig
     from demo_tokenizer import load_tokenizer, render, train_tokenizer
 
@@ -36,7 +38,8 @@ def make_data(args) -> None:
     encoder = Encoder(load_tokenizer(path))
     for i in range(args.first, args.shards):
         target = shards / f"{i:03d}.npz"
-        write_shard(target, encoder, sources, f"{SEED}/{i}", SHARD_TOKENS, i >= LONG_FROM)
+        copying = COPYING if i in COPYING_SHARDS else 0.0
+        write_shard(target, encoder, sources, f"{SEED}/{i}", SHARD_TOKENS, i >= LONG_FROM, copying)
         print(f"shard {i}", flush=True)
 
 
@@ -132,10 +135,14 @@ def train(args) -> None:
     if args.resume or latest.exists():
         run.restore(args.resume or latest)
         print(f"resumed at step {run.step}, {run.tokens} tokens, {run.elapsed / 60:.1f} min", flush=True)
+    if args.from_shard is not None:
+        run.shard, run.skip = args.from_shard, 0
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     pad = load_tokenizer(args.work / "tokenizer.json").token_to_id(PAD)
     documents, log = run.documents(), Log(args.work / "log.jsonl")
     base, start, saved = run.elapsed, time.monotonic(), time.monotonic()
-    while (progress := run.elapsed / 60 / plan.minutes) < 1:
+    while (progress := run.elapsed / 60 / plan.minutes) < 1 and not stop:
         if not run.decaying and progress >= plan.decay_from:
             run.decaying = True
             run.save(args.work / "predecay.pt")
@@ -148,9 +155,10 @@ def train(args) -> None:
         if time.monotonic() - saved > args.save_every:
             run.save(latest)
             saved = time.monotonic()
-    run.save(args.work / "final.pt")
     run.save(latest)
-    print("done", flush=True)
+    if not stop:
+        run.save(args.work / "final.pt")
+    print("stopped" if stop else "done", flush=True)
 
 
 def train_step(run: Run, plan: Plan, cut, progress: float):
@@ -215,6 +223,7 @@ def main() -> None:
     sub.add_argument("--threads", type=int, default=1)
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--resume", type=Path)
+    sub.add_argument("--from-shard", type=int)
     sub.add_argument("--save-every", type=float, default=240)
     sub.add_argument("--no-compile", dest="compile", action="store_false")
     commands.choices["export"].add_argument("--checkpoint", type=Path)

@@ -9,6 +9,8 @@ from demo_data.chat import Document
 # Shares of the tokens. Recall is strong from the start: copying must form early.
 SHARES = {"stories": 0.22, "arithmetic": 0.16, "prose": 0.15, "facts": 0.14, "recall": 0.09, "smalltalk": 0.08,
           "code": 0.07, "mixed": 0.09}
+# Early on, copying gets a share of its own: names in stories and answers depend on it.
+COPYING = 0.2
 
 
 def document(domain: str, rng: random.Random, sources: Path, long: bool) -> Document:
@@ -22,10 +24,16 @@ def document(domain: str, rng: random.Random, sources: Path, long: bool) -> Docu
     return maker[domain].make(rng)
 
 
-def draw(rng: random.Random, sources: Path, size_of, target: int, long: bool) -> list[Document]:
-    """Documents of about target tokens; size_of tells a document's tokens. Domains keep their shares."""
+def draw(rng: random.Random, sources: Path, size_of, target: int, long: bool,
+         copying: float = 0.0) -> list[Document]:
+    """Documents of target tokens; size_of tells a document's tokens. Domains keep their shares of the rest."""
     taken, total, documents = dict.fromkeys(SHARES, 0), 0, []
-    while total < target:
+    copied = 0
+    while total + copied < target:
+        if copied < copying * (total + copied):
+            documents.append(recall.copying(rng))
+            copied += size_of(documents[-1])
+            continue
         domain = max(SHARES, key=lambda d: SHARES[d] * (total + 1) - taken[d])
         if rng.random() < 0.3:
             domain = rng.choices(list(SHARES), list(SHARES.values()))[0]

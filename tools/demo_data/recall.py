@@ -4,7 +4,7 @@ import random
 
 from demo_data.chat import Document, sloppy, user, with_system
 from demo_data.words import (ANIMALS, COLOURS, FOODS, HOBBIES, JOBS, PLACES, THINGS, TOWNS, a,
-                             any_name, cap, invented_name)
+                             NAMES, any_name, cap, invented_name)
 
 SAY_NAME = ["My name is {n}.", "Hi, I'm {n}.", "I am {n}.", "Hello, my name is {n}.", "You can call me {n}.",
             "I'm {n}, nice to meet you.", "Hey, {n} here.", "Hi! My name is {n}. How are you?", "My name's {n}.",
@@ -83,14 +83,27 @@ def unknown_name(rng: random.Random) -> list:
 
 
 def repeat(rng: random.Random) -> list:
-    pool = THINGS + ANIMALS + PLACES + FOODS + COLOURS
-    words = rng.sample(pool, rng.randint(1, 6))
+    """Say it again: the longer lists are what makes copying form at all."""
+    pool = rng.choice([THINGS + ANIMALS + PLACES + FOODS + COLOURS, NAMES, NAMES + TOWNS + THINGS])
+    words = [rng.choice(pool) for _ in range(rng.randint(1, 6) if rng.random() < 0.5 else rng.randint(7, 30))]
     if rng.random() < 0.3:
         words = [invented_name(rng).lower() if rng.random() < 0.5 else w for w in words]
     text = rng.choice([" ", ", "]).join(words)
     ask = rng.choice(["Repeat: {t}", "Say this again: {t}", "Repeat after me: {t}", "Please repeat: {t}", "Say: {t}",
                       "Copy these words: {t}"])
     return [("user", ask.format(t=text)), ("assistant", text)]
+
+
+def copying(rng: random.Random) -> Document:
+    """Chance words said two or three times: nothing but copying predicts the second time."""
+    pool = rng.choice([THINGS + ANIMALS + PLACES + FOODS + COLOURS, NAMES, NAMES + TOWNS + THINGS + HOBBIES])
+    words = [rng.choice(pool) for _ in range(rng.choice([3, 4, 5, 6, 8, 10, 14, 20]))]
+    line = rng.choice([" ", ", "]).join(words)
+    if rng.random() < 0.5:
+        return Document("recall", text=rng.choice(["\n", ". ", "\n\n"]).join([line] * rng.choice([2, 3, 4])))
+    ask = rng.choice(["Repeat: {t}", "Say this again: {t}", "{t}\n\nRepeat this."])
+    again = [("user", "Again."), ("assistant", line)] if rng.random() < 0.3 else []
+    return Document("recall", (("user", ask.format(t=line)), ("assistant", line), *again))
 
 
 def list_question(rng: random.Random) -> list:
@@ -138,7 +151,7 @@ def where(rng: random.Random) -> list:
 
 def make(rng: random.Random) -> Document:
     kinds = [about_me, name_in_system, unknown_name, repeat, list_question, owners, where]
-    kind = rng.choices(kinds, [42, 5, 3, 15, 7, 16, 12])[0]
+    kind = rng.choices(kinds, [40, 5, 3, 20, 7, 14, 11])[0]
     messages = kind(rng)
     for _ in range(rng.choice([0, 0, 1, 2])):
         if kind in (repeat, list_question):

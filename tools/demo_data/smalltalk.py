@@ -67,7 +67,7 @@ DECLINE = [
      ["I do not know who {person} is.", "I am sorry, I know nothing about {person}."]),
     (["What did I eat for breakfast?", "Where are my keys?", "How old am I?", "What am I thinking?"],
      ["I do not know. You have not told me."]),
-    (["What is the price of {thing}?", "How much do {food} cost?", "What is the price of gold?"],
+    (["What is the price of {thing}?", "What does {thing} cost?", "What is the price of gold?"],
      ["I do not know prices. I cannot look them up."]),
     (["Translate this into French.", "Speak German.", "Do you speak Spanish?", "Say hello in Japanese."],
      ["I am sorry, I only know English."]),
