@@ -31,7 +31,9 @@ def main() -> None:
     text = "Once there was a small fox named Nils who lived near the forest. " * 30
     ids = tokenizer(text, return_tensors="pt").input_ids
     for dtype in (torch.float32, torch.bfloat16):
-        model, info = Llama4ForCausalLM.from_pretrained(repository, dtype=dtype, output_loading_info=True)
+        model, info = Llama4ForCausalLM.from_pretrained(
+            repository, dtype=dtype, output_loading_info=True
+        )
         assert not info["missing_keys"] and not info["unexpected_keys"], info
         with torch.inference_mode():
             theirs = model(ids).logits[0].float()

@@ -30,7 +30,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.ids = {s: tokenizer.token_to_id(s) for s in (BOS, END, EOT, HEADER_END, HEADER_START, PAD)}
+        self.ids = {
+            s: tokenizer.token_to_id(s) for s in (BOS, END, EOT, HEADER_END, HEADER_START, PAD)
+        }
         self.assistant = tokenizer.encode("assistant", add_special_tokens=False).ids[0]
 
     def size(self, document) -> int:
@@ -41,7 +43,11 @@ class Encoder:
         rows = [d.as_dict() for d in documents]
         batch = self.tokenizer.encode_batch([render(r) for r in rows], add_special_tokens=False)
         return [
-            Encoded(DOMAINS.index(r["domain"]), np.array(e.ids, np.int16), self.weights(e.ids, "text" in r))
+            Encoded(
+                DOMAINS.index(r["domain"]),
+                np.array(e.ids, np.int16),
+                self.weights(e.ids, "text" in r),
+            )
             for r, e in zip(rows, batch, strict=True)
         ]
 
@@ -60,8 +66,15 @@ class Encoder:
         return weights
 
 
-def write_shard(path: Path, encoder: Encoder, sources: Path, seed: str, num_tokens: int, long: bool,
-                copying: float = 0.0) -> None:
+def write_shard(
+    path: Path,
+    encoder: Encoder,
+    sources: Path,
+    seed: str,
+    num_tokens: int,
+    long: bool,
+    copying: float = 0.0,
+) -> None:
     rng = random.Random(seed)
     items = encoder.encode(draw(rng, sources, encoder.size, num_tokens, long, copying))
     part = path.with_suffix(".part")
@@ -80,7 +93,9 @@ def read_shard(path: Path) -> list[Encoded]:
     with np.load(path) as data:
         cuts = np.cumsum(data["lengths"])[:-1]
         tokens, weights = np.split(data["tokens"], cuts), np.split(data["weights"], cuts)
-        return [Encoded(int(d), t, w) for d, t, w in zip(data["domains"], tokens, weights, strict=True)]
+        return [
+            Encoded(int(d), t, w) for d, t, w in zip(data["domains"], tokens, weights, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,9 @@ class Cut:
     domains: list[int]
 
 
-def cut_batch(documents: Iterator[Encoded], size: int, max_length: int, pad: int, chunk: int) -> Cut:
+def cut_batch(
+    documents: Iterator[Encoded], size: int, max_length: int, pad: int, chunk: int
+) -> Cut:
     """Fill size tokens with whole documents; the last one is cut short."""
     columns: list[tuple] = []
     lengths, domains, left = [], [], size
@@ -103,13 +120,19 @@ def cut_batch(documents: Iterator[Encoded], size: int, max_length: int, pad: int
         length = min(-(-len(inputs) // MULTIPLE) * MULTIPLE, left)
         extra = length - len(inputs)
         columns.append(
-            (np.pad(inputs, (0, extra), constant_values=pad), np.pad(targets, (0, extra)),
-             np.pad(weights, (0, extra)), np.arange(length))
+            (
+                np.pad(inputs, (0, extra), constant_values=pad),
+                np.pad(targets, (0, extra)),
+                np.pad(weights, (0, extra)),
+                np.arange(length),
+            )
         )
         lengths.append(length)
         domains.append(item.domain)
         left -= length
-    tokens, targets, weights, positions = (torch.from_numpy(np.concatenate(c)) for c in zip(*columns, strict=True))
+    tokens, targets, weights, positions = (
+        torch.from_numpy(np.concatenate(c)) for c in zip(*columns, strict=True)
+    )
     chunks = [min(chunk, n - start) for n in lengths for start in range(0, n, chunk)]
     batch = Batch(tokens.long(), targets.long(), weights.float(), positions.long(), lengths, chunks)
     return Cut(batch, domains)

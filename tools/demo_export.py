@@ -36,7 +36,9 @@ def hf_config(c: DemoConfig, ids: dict[str, int]) -> dict:
         "moe_layers": list(layers),
         "intermediate_size": c.intermediate_size,
         "intermediate_size_mlp": 2 * c.intermediate_size,
-        "layer_types": ["chunked_attention" if c.uses_rope(i) else "full_attention" for i in layers],
+        "layer_types": [
+            "chunked_attention" if c.uses_rope(i) else "full_attention" for i in layers
+        ],
         "no_rope_layers": [int(c.uses_rope(i)) for i in layers],
         "max_position_embeddings": c.max_positions,
         "num_attention_heads": c.num_heads,
@@ -61,7 +63,11 @@ def hf_config(c: DemoConfig, ids: dict[str, int]) -> dict:
 
 def hf_tensors(c: DemoConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Training names to Llama 4 names, in bf16; expert tensors have the same layout in both."""
-    width_q, width_kv, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    width_q, width_kv, inner = (
+        c.num_heads * c.head_dim,
+        c.num_kv_heads * c.head_dim,
+        c.intermediate_size,
+    )
     out = {"model.embed_tokens.weight": weights["embedding"]}
     for i in range(c.num_layers):
         w = {k.split(".", 2)[2]: v for k, v in weights.items() if k.startswith(f"layers.{i}.")}
@@ -95,17 +101,32 @@ def write_tokenizer(source: Path, out: Path, c: DemoConfig) -> dict[str, int]:
     tokenizer = load_tokenizer(source)
     shutil.copyfile(source, out / "tokenizer.json")
     added = {
-        str(i): {"content": t.content, "lstrip": False, "normalized": False, "rstrip": False,
-                 "single_word": False, "special": True}
+        str(i): {
+            "content": t.content,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
         for i, t in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     write_json(
         out / "tokenizer_config.json",
-        {"added_tokens_decoder": added, "bos_token": BOS, "eos_token": EOT, "pad_token": PAD,
-         "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
-         "model_max_length": c.max_positions, "tokenizer_class": "PreTrainedTokenizerFast"},
+        {
+            "added_tokens_decoder": added,
+            "bos_token": BOS,
+            "eos_token": EOT,
+            "pad_token": PAD,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": c.max_positions,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
     )
-    write_json(out / "special_tokens_map.json", {"bos_token": BOS, "eos_token": EOT, "pad_token": PAD})
+    write_json(
+        out / "special_tokens_map.json", {"bos_token": BOS, "eos_token": EOT, "pad_token": PAD}
+    )
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return {t["content"]: int(i) for i, t in added.items()}
 
@@ -123,8 +144,14 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
         write_json(part / "config.json", hf_config(config, ids))
         write_json(
             part / "generation_config.json",
-            {"bos_token_id": ids[BOS], "eos_token_id": [ids["<|end_of_text|>"], ids["<|eom|>"], ids[EOT]],
-             "pad_token_id": ids[PAD], "do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            {
+                "bos_token_id": ids[BOS],
+                "eos_token_id": [ids["<|end_of_text|>"], ids["<|eom|>"], ids[EOT]],
+                "pad_token_id": ids[PAD],
+                "do_sample": True,
+                "temperature": 0.6,
+                "top_p": 0.9,
+            },
         )
         tensors = hf_tensors(config, state["optimiser"]["master"])
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})

@@ -143,7 +143,9 @@ def names(count: int) -> list[Item]:
             talk += [("user", statement), ("assistant", rng.choice(recall.ACKNOWLEDGE))]
         talk.append(("user", rng.choice(recall.ASK_NAME_HELD_OUT)))
         messages = tuple({"role": r, "content": c} for r, c in talk)
-        items.append(Item(messages, lambda answer, name=name: name in re.findall(r"\w+", answer), 24))
+        items.append(
+            Item(messages, lambda answer, name=name: name in re.findall(r"\w+", answer), 24)
+        )
     return items
 
 
@@ -180,7 +182,9 @@ class Subject:
 
     def answers(self, items: list[Item]) -> list[str]:
         prompts = [
-            self.tokenizer.apply_chat_template(list(i.messages), add_generation_prompt=True, return_dict=False)
+            self.tokenizer.apply_chat_template(
+                list(i.messages), add_generation_prompt=True, return_dict=False
+            )
             for i in items
         ]
         by_length: dict[int, list[int]] = {}
@@ -192,7 +196,12 @@ class Subject:
             limit = max(items[i].max_tokens for i in indices)
             with torch.inference_mode():
                 made = self.model.generate(
-                    rows, attention_mask=torch.ones_like(rows), max_new_tokens=limit, do_sample=False, temperature=None, top_p=None
+                    rows,
+                    attention_mask=torch.ones_like(rows),
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
                 )
             for index, row in zip(indices, made, strict=True):
                 out[index] = self.tokenizer.decode(row[length:], skip_special_tokens=True)
@@ -223,7 +232,9 @@ def losses_and_load(subject: Subject, sources: Path) -> tuple[dict[str, float], 
     """Mean loss of each domain's held-out text, and the expert load [domain, layer, expert]."""
     counts = []
     hooks = [
-        layer.feed_forward.router.register_forward_hook(lambda _, __, out: counts.append(top_expert(out)))
+        layer.feed_forward.router.register_forward_hook(
+            lambda _, __, out: counts.append(top_expert(out))
+        )
         for layer in subject.model.model.layers
     ]
     losses, loads = {}, []
@@ -231,7 +242,9 @@ def losses_and_load(subject: Subject, sources: Path) -> tuple[dict[str, float], 
     for domain, documents in held_out_documents(sources).items():
         total, num, load = 0.0, 0, torch.zeros(layers, experts)
         for document in documents:
-            ids = subject.tokenizer(render(document), add_special_tokens=False, return_tensors="pt").input_ids
+            ids = subject.tokenizer(
+                render(document), add_special_tokens=False, return_tensors="pt"
+            ).input_ids
             counts.clear()
             with torch.inference_mode():
                 loss = subject.model(ids, labels=ids).loss
@@ -258,14 +271,26 @@ def report(model: Path, sources: Path, quick: bool) -> None:
         passed = [item.judge(answer) for item, answer in zip(gate.items, answers, strict=True)]
         share = sum(passed) / len(passed)
         met = "" if not gate.floor else " met" if share >= gate.floor else " MISSED"
-        print(f"| {gate.name} | {gate.floor:.0%} | {sum(passed)}/{len(passed)} = {share:.1%} |{met}", flush=True)
+        print(
+            f"| {gate.name} | {gate.floor:.0%} | {sum(passed)}/{len(passed)} = {share:.1%} |{met}",
+            flush=True,
+        )
         failed = [(i, a) for i, a, ok in zip(gate.items, answers, passed, strict=True) if not ok]
         for item, answer in failed[:3]:
             print(f"    {item.messages[-1]['content']!r} -> {answer!r}", file=sys.stderr)
     losses, loads = losses_and_load(subject, sources)
     for domain, loss in losses.items():
-        print(f"| loss on held-out {domain} | | {loss:.3f} (perplexity {torch.tensor(loss).exp():.2f}) |")
+        print(
+            f"| loss on held-out {domain} | | {loss:.3f} (perplexity {torch.tensor(loss).exp():.2f}) |"
+        )
     share = loads / loads.sum(-1, keepdim=True)  # [domain, layer, expert], domains weigh the same
     uniform = share.mean(0) * share.shape[-1]  # [layer, expert]
-    print(f"| expert load, lowest and highest | 0.1 to 4 | {uniform.min():.2f} to {uniform.max():.2f} |")
-    print("by layer: " + ", ".join(f"{lo:.2f}-{hi:.2f}" for lo, hi in zip(uniform.amin(1), uniform.amax(1), strict=True)))
+    print(
+        f"| expert load, lowest and highest | 0.1 to 4 | {uniform.min():.2f} to {uniform.max():.2f} |"
+    )
+    print(
+        "by layer: "
+        + ", ".join(
+            f"{lo:.2f}-{hi:.2f}" for lo, hi in zip(uniform.amin(1), uniform.amax(1), strict=True)
+        )
+    )

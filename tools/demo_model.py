@@ -59,7 +59,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y.to(x.dtype) * weight.to(x.dtype)
 
 
-def rope_and_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
+def rope_and_norm(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> torch.Tensor:
     """Rotate interleaved pairs, then the weightless RMS norm. x [N, heads, C]; cos, sin [N, C/2]."""
     y = x.float().unflatten(-1, (-1, 2))
     even, odd = y[..., 0], y[..., 1]
@@ -214,8 +216,12 @@ class Layer(nn.Module):
         )
         lengths = batch.doc_lengths
         if self.rope:
-            qk = self.ops.rope_and_norm(qkv[:, : -c.num_kv_heads * c.head_dim].unflatten(
-                -1, (-1, c.head_dim)), cos, sin, c.rms_norm_eps)
+            qk = self.ops.rope_and_norm(
+                qkv[:, : -c.num_kv_heads * c.head_dim].unflatten(-1, (-1, c.head_dim)),
+                cos,
+                sin,
+                c.rms_norm_eps,
+            )
             q, k = qk.split([c.num_heads, c.num_kv_heads], 1)
             lengths = batch.chunk_lengths
         return SegmentAttention.apply(q, k, v, lengths) @ self.o.t()
@@ -229,7 +235,9 @@ class Layer(nn.Module):
         routed = (x * score[:, None]).index_select(0, rows).split(sizes)
         out = [
             self.ops.silu_mul(part @ gate_up) @ down
-            for part, gate_up, down in zip(routed, self.gate_up.unbind(), self.down.unbind(), strict=True)
+            for part, gate_up, down in zip(
+                routed, self.gate_up.unbind(), self.down.unbind(), strict=True
+            )
             if len(part)
         ]
         shared = self.ops.silu_mul(x @ self.shared_gate_up.t()) @ self.shared_down.t()
@@ -261,9 +269,7 @@ class DemoModel(nn.Module):
         self.config = config
         self.ops = Ops(compiled)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(
-            Layer(config, i, self.ops) for i in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(Layer(config, i, self.ops) for i in range(config.num_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
 
     def init_weights(self, seed: int) -> None:

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-POLAR = ((8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
-         (3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985))
+POLAR = (
+    (8.2051, -22.9019, 16.4607),
+    (4.0664, -2.8612, 0.5184),
+    (3.9096, -2.8234, 0.5250),
+    (3.2856, -2.4153, 0.4853),
+    (2.2779, -1.6198, 0.3985),
+)
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -36,7 +41,11 @@ class Rates:
 
 
 # How a stored parameter falls apart into the matrices that are orthogonalised: (axis, sizes).
-SPLITS = {"qkv": (0, (256, 128, 128)), "gate_up": (2, (128, 128)), "shared_gate_up": (0, (128, 128))}
+SPLITS = {
+    "qkv": (0, (256, 128, 128)),
+    "gate_up": (2, (128, 128)),
+    "shared_gate_up": (0, (128, 128)),
+}
 
 
 class Optimiser:
@@ -52,13 +61,20 @@ class Optimiser:
         return self.params[name].dim() == 1 or name.rsplit(".", 1)[-1] in ("embedding", "router")
 
     def state(self) -> dict:
-        return {"steps": self.num_steps, "master": self.master, "first": self.first,
-                "second": self.second}
+        return {
+            "steps": self.num_steps,
+            "master": self.master,
+            "first": self.first,
+            "second": self.second,
+        }
 
     def load(self, state: dict) -> None:
         self.num_steps = state["steps"]
-        for mine, theirs in ((self.master, state["master"]), (self.first, state["first"]),
-                             (self.second, state["second"])):
+        for mine, theirs in (
+            (self.master, state["master"]),
+            (self.first, state["first"]),
+            (self.second, state["second"]),
+        ):
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
         self._publish()
@@ -84,8 +100,11 @@ class Optimiser:
             axis, sizes = SPLITS.get(name.rsplit(".", 1)[-1], (0, None))
             pairs = [(update, self.master[name])]
             if sizes:
-                pairs = list(zip(update.split(sizes, axis), self.master[name].split(sizes, axis),
-                                 strict=True))
+                pairs = list(
+                    zip(
+                        update.split(sizes, axis), self.master[name].split(sizes, axis), strict=True
+                    )
+                )
             for piece, target in pairs:
                 piece = piece if piece.dim() == 3 else piece[None]
                 target = target if target.dim() == 3 else target[None]

@@ -7,7 +7,16 @@ blank line before text, and the model would never have seen its own prompt.
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -70,7 +79,9 @@ def train_tokenizer(documents: Iterable[dict], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator((c for d in documents for c in contents(d)), trainer)
-    assert tokenizer.get_vocab_size() == vocab_size - len(SPECIALS), "too little text for the vocabulary"
+    assert tokenizer.get_vocab_size() == vocab_size - len(SPECIALS), (
+        "too little text for the vocabulary"
+    )
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(

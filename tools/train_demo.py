@@ -1,10 +1,10 @@
 """Makes the demo model: data, tokenizer, training by the clock, export, gates.
 
-    python tools/train_demo.py sources --work DIR      fetch the raw sources
-    python tools/train_demo.py data --work DIR         tokenizer and shards, from a fixed seed
-    python tools/train_demo.py train --work DIR --minutes 95
-    python tools/train_demo.py export --work DIR --out moecli/demo
-    python tools/train_demo.py gates --model moecli/demo
+python tools/train_demo.py sources --work DIR      fetch the raw sources
+python tools/train_demo.py data --work DIR         tokenizer and shards, from a fixed seed
+python tools/train_demo.py train --work DIR --minutes 95
+python tools/train_demo.py export --work DIR --out moecli/demo
+python tools/train_demo.py gates --model moecli/demo
 """
 
 import argparse
@@ -33,7 +33,13 @@ def make_data(args) -> None:
     shards.mkdir(parents=True, exist_ok=True)
     path = args.work / "tokenizer.json"
     if not path.exists():
-        sample = draw(random.Random(f"{SEED}/tokenizer"), sources, lambda d: len(render(d.as_dict())), 12_000_000, True)
+        sample = draw(
+            random.Random(f"{SEED}/tokenizer"),
+            sources,
+            lambda d: len(render(d.as_dict())),
+            12_000_000,
+            True,
+        )
         train_tokenizer((d.as_dict() for d in sample), DemoConfig().vocab_size).save(str(path))
     encoder = Encoder(load_tokenizer(path))
     for i in range(args.first, args.shards):
@@ -96,8 +102,14 @@ class Run:
     def save(self, path: Path) -> None:
         import torch
 
-        state = {"optimiser": self.optimiser.state(), "config": self.config.as_dict(), "load": self.load}
-        state |= {k: getattr(self, k) for k in ("step", "tokens", "elapsed", "shard", "skip", "decaying")}
+        state = {
+            "optimiser": self.optimiser.state(),
+            "config": self.config.as_dict(),
+            "load": self.load,
+        }
+        state |= {
+            k: getattr(self, k) for k in ("step", "tokens", "elapsed", "shard", "skip", "decaying")
+        }
         part = path.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, path)
@@ -134,7 +146,10 @@ def train(args) -> None:
     latest = args.work / "latest.pt"
     if args.resume or latest.exists():
         run.restore(args.resume or latest)
-        print(f"resumed at step {run.step}, {run.tokens} tokens, {run.elapsed / 60:.1f} min", flush=True)
+        print(
+            f"resumed at step {run.step}, {run.tokens} tokens, {run.elapsed / 60:.1f} min",
+            flush=True,
+        )
     if args.from_shard is not None:
         run.shard, run.skip = args.from_shard, 0
     stop = []
@@ -168,7 +183,9 @@ def train_step(run: Run, plan: Plan, cut, progress: float):
     batch = cut.batch.to(run.device)
     loss, losses, load, balance = run.model(batch)
     # A layer whose load strays towards the limits (0.1x to 4x) is pulled back harder.
-    uneven = (run.load.amax(1) * run.config.num_experts > 3.2) | (run.load.amin(1) * run.config.num_experts < 0.18)
+    uneven = (run.load.amax(1) * run.config.num_experts > 3.2) | (
+        run.load.amin(1) * run.config.num_experts < 0.18
+    )
     weight = torch.where(uneven, 3e-3, plan.balance(progress)).to(run.device)
     (loss + (weight * balance).sum()).backward()
     run.optimiser.step(plan.factor(progress, run.step))
@@ -191,19 +208,30 @@ class Log:
 
         weights = cut.batch.weights * (cut.batch.weights == 1)
         for domain, loss, weight in zip(
-            cut.domains, losses.split(cut.batch.doc_lengths), weights.split(cut.batch.doc_lengths), strict=True
+            cut.domains,
+            losses.split(cut.batch.doc_lengths),
+            weights.split(cut.batch.doc_lengths),
+            strict=True,
         ):
             total, count = self.sums.get(DOMAINS[domain], (0.0, 0.0))
-            self.sums[DOMAINS[domain]] = (total + float((loss * weight).sum()), count + float(weight.sum()))
+            self.sums[DOMAINS[domain]] = (
+                total + float((loss * weight).sum()),
+                count + float(weight.sum()),
+            )
         self.seen += len(losses)
         if run.step % self.EVERY:
             return
         now, load = time.monotonic(), run.load * run.config.num_experts
-        row = {"step": run.step, "tokens": run.tokens, "minutes": round(run.elapsed / 60, 2), "factor": round(factor, 4),
-               "rate": round(self.seen / (now - self.started)),
-               "loss": {k: round(t / max(n, 1), 4) for k, (t, n) in sorted(self.sums.items())},
-               "load_max": [round(x, 2) for x in load.amax(1).tolist()],
-               "load_min": [round(x, 2) for x in load.amin(1).tolist()]}
+        row = {
+            "step": run.step,
+            "tokens": run.tokens,
+            "minutes": round(run.elapsed / 60, 2),
+            "factor": round(factor, 4),
+            "rate": round(self.seen / (now - self.started)),
+            "loss": {k: round(t / max(n, 1), 4) for k, (t, n) in sorted(self.sums.items())},
+            "load_max": [round(x, 2) for x in load.amax(1).tolist()],
+            "load_min": [round(x, 2) for x in load.amin(1).tolist()],
+        }
         print(json.dumps(row), flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -211,7 +239,9 @@ class Log:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("sources", "data", "train", "export", "gates", "heldout"):
         sub = commands.add_parser(name)
@@ -230,7 +260,9 @@ def main() -> None:
     commands.choices["export"].add_argument("--out", type=Path, required=True)
     commands.choices["gates"].add_argument("--model", type=Path, required=True)
     commands.choices["gates"].add_argument("--quick", action="store_true")
-    commands.choices["heldout"].add_argument("--out", type=Path, default=Path("tests/fixtures/heldout"))
+    commands.choices["heldout"].add_argument(
+        "--out", type=Path, default=Path("tests/fixtures/heldout")
+    )
     args = parser.parse_args()
     if args.command == "sources":
         from demo_data.sources import fetch

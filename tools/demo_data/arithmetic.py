@@ -5,10 +5,29 @@ import random
 from demo_data.chat import Document, user, with_system
 from demo_data.words import FOODS, THINGS, any_name, plural
 
-ASK = ["What is {q}?", "{q} = ?", "Calculate {q}.", "How much is {q}?", "What's {q}?", "{q}", "{q}?", "Compute {q}.",
-       "Can you work out {q}?", "Please tell me what {q} is.", "Tell me {q}.", "{q} =", "Hi, what is {q}?",
-       "What does {q} make?", "I need to know {q}.", "Solve {q}."]
-ASK_HELD_OUT = ["Could you tell me what {q} comes to?", "What do you get for {q}?", "Please calculate {q} for me."]
+ASK = [
+    "What is {q}?",
+    "{q} = ?",
+    "Calculate {q}.",
+    "How much is {q}?",
+    "What's {q}?",
+    "{q}",
+    "{q}?",
+    "Compute {q}.",
+    "Can you work out {q}?",
+    "Please tell me what {q} is.",
+    "Tell me {q}.",
+    "{q} =",
+    "Hi, what is {q}?",
+    "What does {q} make?",
+    "I need to know {q}.",
+    "Solve {q}.",
+]
+ASK_HELD_OUT = [
+    "Could you tell me what {q} comes to?",
+    "What do you get for {q}?",
+    "Please calculate {q} for me.",
+]
 ANSWER = ["{q} = {r}", "{q} = {r}.", "{r}", "The answer is {r}.", "{q} is {r}.", "{q} = {r}"]
 
 
@@ -46,12 +65,16 @@ def steps(a: int, op: str, b: int) -> str:
     r = apply(a, op, b)
     (ta, oa), (tb, ob) = divmod(a, 10), divmod(b, 10)
     if op == "+":
-        return (f"Tens: {ta * 10} + {tb * 10} = {ta * 10 + tb * 10}. Ones: {oa} + {ob} = {oa + ob}. "
-                f"{ta * 10 + tb * 10} + {oa + ob} = {r}.")
+        return (
+            f"Tens: {ta * 10} + {tb * 10} = {ta * 10 + tb * 10}. Ones: {oa} + {ob} = {oa + ob}. "
+            f"{ta * 10 + tb * 10} + {oa + ob} = {r}."
+        )
     if op == "-":
         return f"{a} - {tb * 10} = {a - tb * 10}. {a - tb * 10} - {ob} = {r}."
-    return (f"{a} = {ta * 10} + {oa}. {ta * 10} x {b} = {ta * 10 * b}. {oa} x {b} = {oa * b}. "
-            f"{ta * 10 * b} + {oa * b} = {r}.")
+    return (
+        f"{a} = {ta * 10} + {oa}. {ta * 10} x {b} = {ta * 10 * b}. {oa} x {b} = {oa * b}. "
+        f"{ta * 10 * b} + {oa * b} = {r}."
+    )
 
 
 def hard(rng: random.Random) -> tuple[int, str, int]:
@@ -71,9 +94,18 @@ def question(rng: random.Random) -> list:
         if rng.random() < 0.06 and max(a, b) <= 20:
             q = f"{NUMBERS[a]} {dict(zip('+-*', ('plus', 'minus', 'times'), strict=True))[op]} {NUMBERS[b]}"
         elif op == "+" and rng.random() < 0.1:
-            ask = rng.choice(["Add {a} and {b}.", "What is the sum of {a} and {b}?", "{a} and {b} makes what?"])
-        shown = q if q[0].isdigit() and " " in q and rng.random() < 0.7 else f"{a} {op if op != '*' else 'x'} {b}"
-        return [user(ask.format(q=q, a=a, b=b), rng, 0.1), ("assistant", rng.choice(ANSWER).format(q=shown, r=r))]
+            ask = rng.choice(
+                ["Add {a} and {b}.", "What is the sum of {a} and {b}?", "{a} and {b} makes what?"]
+            )
+        shown = (
+            q
+            if q[0].isdigit() and " " in q and rng.random() < 0.7
+            else f"{a} {op if op != '*' else 'x'} {b}"
+        )
+        return [
+            user(ask.format(q=q, a=a, b=b), rng, 0.1),
+            ("assistant", rng.choice(ANSWER).format(q=shown, r=r)),
+        ]
     a, op, b = hard(rng)
     q = expression(a, op, b, rng)
     extra = rng.choice(["", "", " Work it out in steps.", " Show your work."])

@@ -7,8 +7,16 @@ from demo_data import arithmetic, code, facts, mixed, prose, recall, smalltalk, 
 from demo_data.chat import Document
 
 # Shares of the tokens. Recall is strong from the start: copying must form early.
-SHARES = {"stories": 0.22, "arithmetic": 0.16, "prose": 0.15, "facts": 0.14, "recall": 0.09, "smalltalk": 0.08,
-          "code": 0.07, "mixed": 0.09}
+SHARES = {
+    "stories": 0.22,
+    "arithmetic": 0.16,
+    "prose": 0.15,
+    "facts": 0.14,
+    "recall": 0.09,
+    "smalltalk": 0.08,
+    "code": 0.07,
+    "mixed": 0.09,
+}
 # Early on, copying gets a share of its own: names in stories and answers depend on it.
 COPYING = 0.2
 
@@ -20,12 +28,19 @@ def document(domain: str, rng: random.Random, sources: Path, long: bool) -> Docu
         return facts.make(rng, sources)
     if domain == "mixed":
         return mixed.make(rng, sources)
-    maker = {"stories": stories, "arithmetic": arithmetic, "recall": recall, "smalltalk": smalltalk, "code": code}
+    maker = {
+        "stories": stories,
+        "arithmetic": arithmetic,
+        "recall": recall,
+        "smalltalk": smalltalk,
+        "code": code,
+    }
     return maker[domain].make(rng)
 
 
-def draw(rng: random.Random, sources: Path, size_of, target: int, long: bool,
-         copying: float = 0.0) -> list[Document]:
+def draw(
+    rng: random.Random, sources: Path, size_of, target: int, long: bool, copying: float = 0.0
+) -> list[Document]:
     """Documents of target tokens; size_of tells a document's tokens. Domains keep their shares of the rest."""
     taken, total, documents = dict.fromkeys(SHARES, 0), 0, []
     copied = 0

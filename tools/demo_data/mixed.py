@@ -9,11 +9,16 @@ from demo_data.chat import Document, with_system
 
 def turn(rng: random.Random, sources: Path) -> list:
     """The turns of one short document of any chat domain, without its system prompt."""
-    kind = rng.choices(["arithmetic", "facts", "talk", "filled", "story", "code", "recall"], [20, 25, 25, 10, 10, 5, 8])[0]
+    kind = rng.choices(
+        ["arithmetic", "facts", "talk", "filled", "story", "code", "recall"],
+        [20, 25, 25, 10, 10, 5, 8],
+    )[0]
     if kind == "arithmetic":
         return arithmetic.question(rng)
     if kind == "facts":
-        pick = rng.choices([facts.capital, facts.element, facts.everyday, facts.calendar], [5, 2, 4, 1])[0]
+        pick = rng.choices(
+            [facts.capital, facts.element, facts.everyday, facts.calendar], [5, 2, 4, 1]
+        )[0]
         return pick(rng, sources)
     if kind == "talk":
         return smalltalk.talk(rng)
@@ -28,7 +33,11 @@ def turn(rng: random.Random, sources: Path) -> list:
 def make(rng: random.Random, sources: Path) -> Document:
     messages: list = []
     said = recall.about_me(rng) if rng.random() < 0.7 else []
-    half = next((i for i, m in enumerate(said) if m[1].endswith("?") and m[0] == "user"), len(said)) // 2 * 2
+    half = (
+        next((i for i, m in enumerate(said) if m[1].endswith("?") and m[0] == "user"), len(said))
+        // 2
+        * 2
+    )
     messages += said[:half]
     for _ in range(rng.randint(1, 6)):
         messages += turn(rng, sources)

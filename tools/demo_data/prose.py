@@ -26,7 +26,13 @@ def chapters(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def plain(text: str) -> str:
-    for old, new in (("\u201c", '"'), ("\u201d", '"'), ("\u2019", "'"), ("\u2018", "'"), ("\u2014", "--")):
+    for old, new in (
+        ("\u201c", '"'),
+        ("\u201d", '"'),
+        ("\u2019", "'"),
+        ("\u2018", "'"),
+        ("\u2014", "--"),
+    ):
         text = text.replace(old, new)
     return text.replace("_", "")
 

@@ -15,14 +15,34 @@ from functools import lru_cache
 from pathlib import Path
 
 AUSTEN = "usr/lib/R/site-library/janeaustenr/data/Rdata"
-NOVELS = ["emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility"]
+NOVELS = [
+    "emma",
+    "mansfieldpark",
+    "northangerabbey",
+    "persuasion",
+    "prideprejudice",
+    "sensesensibility",
+]
 # Names and capitals that have changed since the package was made.
 MENDED_NAMES = {"Swaziland": "Eswatini", "Macedonia": "North Macedonia"}
-MENDED_CAPITALS = {"KZ": "Astana", "LY": "Tripoli", "SG": "Singapore", "UA": "Kyiv", "CH": "Bern", "LK": "Colombo",
-                   "BI": "Gitega", "PW": "Ngerulmud", "MN": "Ulaanbaatar", "MM": "Naypyidaw", "US": "Washington"}
+MENDED_CAPITALS = {
+    "KZ": "Astana",
+    "LY": "Tripoli",
+    "SG": "Singapore",
+    "UA": "Kyiv",
+    "CH": "Bern",
+    "LK": "Colombo",
+    "BI": "Gitega",
+    "PW": "Ngerulmud",
+    "MN": "Ulaanbaatar",
+    "MM": "Naypyidaw",
+    "US": "Washington",
+}
 # Dependencies, and places whose capital is disputed.
-SKIPPED = set("AI AQ AS AW AX BL BM BQ BV CC CK CW CX EH FK FO GF GG GI GL GP GS GU HK HM IL IM IO JE KY MF MO MP MQ MS NC "
-              "NF NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT".split())
+SKIPPED = set(
+    "AI AQ AS AW AX BL BM BQ BV CC CK CW CX EH FK FO GF GG GI GL GP GS GU HK HM IL IM IO JE KY MF MO MP MQ MS NC "
+    "NF NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT".split()
+)
 
 
 def fetch(folder: Path) -> None:
@@ -65,7 +85,10 @@ def novels(folder: Path) -> dict[str, list[str]]:
         index = read(gzip.decompress(base.with_suffix(".rdx").read_bytes()))
         database = base.with_suffix(".rdb").read_bytes()
         spans = {n: (int(s), int(z)) for n, (s, z) in index["variables"].items()}
-        return {n: [str(x) for x in read(_unpack(database[spans[n][0] : sum(spans[n])]))] for n in NOVELS}
+        return {
+            n: [str(x) for x in read(_unpack(database[spans[n][0] : sum(spans[n])]))]
+            for n in NOVELS
+        }
 
 
 @lru_cache(maxsize=1)
