@@ -1,0 +1,62 @@
+"""Knows how routed experts are computed where they lie: joins the ops of quant and the manager of offload."""
+
+import torch
+from torch import Tensor
+
+from offload.manager import ExpertManager
+from quant import ops
+from quant.layout import ExpertLayout
+
+
+class OffloadedExperts:
+    """An ExpertProvider over an ExpertManager: ensure, compute, release, in as many waves as fit.
+
+    Legend: T tokens, k choices a token, H hidden size, E experts a layer.
+    """
+
+    def __init__(
+        self,
+        manager: ExpertManager,
+        layout: ExpertLayout,
+        num_experts: int,
+        activation: str,
+        weight_on_input: bool,
+    ) -> None:
+        self._manager = manager
+        self._layout = layout
+        self._num_experts = num_experts
+        self._activation = activation
+        self._weight_on_input = weight_on_input
+
+    def __call__(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Tensor:
+        """[T, H] from hidden [T, H], topk_ids [T, k], topk_weights [T, k].
+
+        Each (token, choice) is computed in exactly one wave and is zero in the others, so the sum
+        over waves is exact and the result does not depend on what was resident.
+        """
+        total = torch.zeros(*topk_ids.shape, hidden.shape[-1], dtype=torch.float32)  # [T, k, H]
+        wanted = sorted(set(topk_ids.flatten().tolist()))
+        for wave in self._manager.waves(layer, wanted):
+            with self._manager.ensure(layer, wave) as lease:
+                total += ops.routed_experts(
+                    hidden,
+                    topk_ids,
+                    topk_weights,
+                    self._table(lease.addresses),
+                    self._layout,
+                    activation=self._activation,
+                    weight_on_input=self._weight_on_input,
+                )
+        return total.sum(dim=1).to(hidden.dtype)  # [T, H]
+
+    def prefetch(self, layer: int, topk_ids: Tensor) -> None:
+        """Start reading what `layer` will probably choose, [T, k]; returns at once."""
+        self._manager.prefetch(layer, sorted(set(topk_ids.flatten().tolist())))
+
+    def _table(self, addresses: dict[int, int]) -> Tensor:
+        table = torch.zeros(self._num_experts, dtype=torch.int64)  # [E]
+        for expert, address in addresses.items():
+            table[expert] = address
+        return table

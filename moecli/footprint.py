@@ -1,0 +1,65 @@
+"""Knows how many bytes each part of a model takes in memory, from its spec and schemes alone."""
+
+from moecli.models.config import ModelSpec
+from offload.plan import ModelFootprint
+from quant.layout import ExpertLayout
+from quant.scheme import QuantScheme
+
+KV_ITEMSIZE = 2  # bf16
+STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
+COMPUTE_ITEMSIZE = 4  # activations are fp32
+
+
+def expert_layout(spec: ModelSpec, scheme: QuantScheme) -> ExpertLayout:
+    return ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, scheme)
+
+
+def dense_nbytes(spec: ModelSpec, scheme: QuantScheme | None) -> int:
+    """Bytes of everything outside the routed experts; `scheme` None: 16 bits throughout."""
+    total = 0
+    for tensor in spec.dense_tensors:
+        if tensor.linear and scheme is not None:
+            rows, columns = tensor.shape
+            total += scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
+        else:
+            total += STORED_ITEMSIZE * tensor.numel
+    return total
+
+
+def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+    """Most bytes of activations that are alive at once while a chunk of prompt passes a layer.
+
+    Hidden states, their norm and the residual; queries, keys, values and the attended result;
+    scores of one block; the choices' contributions twice (total and wave); one expert's inner
+    activations for every token; and the logits of a token.
+    """
+    tokens = min(prefill_chunk, ctx)
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    inner = max(
+        spec.expert_intermediate_size, spec.shared_intermediate_size, spec.dense_intermediate_size
+    )
+    a_token = 4 * spec.hidden_size + heads + 2 * spec.experts_per_token * spec.hidden_size
+    a_token += 3 * inner
+    context_kv = 2 * spec.num_kv_heads * spec.head_dim * ctx  # one layer's, as fp32
+    return COMPUTE_ITEMSIZE * (tokens * a_token + context_kv + 2 * spec.vocab_size)
+
+
+def model_footprint(
+    spec: ModelSpec,
+    scheme: QuantScheme,
+    dense_scheme: QuantScheme | None,
+    ctx: int,
+    prefill_chunk: int,
+) -> ModelFootprint:
+    """The sizes that a placement is planned from."""
+    layout = expert_layout(spec, scheme)
+    return ModelFootprint(
+        dense_nbytes=dense_nbytes(spec, dense_scheme),
+        kv_nbytes=spec.kv_nbytes(ctx, KV_ITEMSIZE),
+        workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk),
+        num_moe_layers=len(spec.moe_layers),
+        num_experts=spec.num_experts,
+        experts_per_token=spec.experts_per_token,
+        expert_nbytes=layout.nbytes,
+        slot_nbytes=layout.slot_nbytes,
+    )

@@ -1,0 +1,94 @@
+"""Knows the keys and values of one sequence and how long they stay; knows no model weights.
+
+A full layer keeps every position. A chunked layer keeps one absolute chunk in a ring, slot =
+position % chunk: the next chunk overwrites it from slot 0, so that what a token sees is always one
+contiguous run. All memory is taken at once; the system maps pages only as they are first written.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moecli.models.config import ModelSpec
+
+
+class KvCache:
+    """Keys and values of one sequence of at most `ctx` tokens.
+
+    A forward pass calls `begin`, then `append` for every layer, then `commit`. If it dies in
+    between, `length` says how much is still whole.
+    """
+
+    def __init__(self, spec: ModelSpec, ctx: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        assert ctx >= 1, f"a KV cache for {ctx} tokens"
+        self.ctx = ctx
+        self.dtype = dtype
+        self._chunk = spec.chunk_size
+        self._chunked = tuple(layer.attention == "chunked" for layer in spec.layers)
+        self._storage = [  # per layer [2, kv heads, capacity, D]
+            torch.empty(2, spec.num_kv_heads, spec.kv_capacity(i, ctx), spec.head_dim, dtype=dtype)
+            for i in range(spec.num_layers)
+        ]
+        self._length = 0
+        self._written = 0  # end of the newest write: which chunk the rings hold
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are whole in every layer."""
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes for storage in self._storage)
+
+    def truncate(self, length: int) -> int:
+        """Forget all tokens from `length` on; returns how many are really kept.
+
+        That is fewer when the rings no longer hold the chunk `length` lies in: then the start of
+        that chunk. The caller computes the difference again.
+        """
+        assert 0 <= length <= self._length, f"truncate {self._length} tokens to {length}"
+        self._length = self._keepable(length)
+        return self._length
+
+    def begin(self, start: int, count: int) -> None:
+        """Announce a write of `count` tokens at `start`, which must be the length."""
+        assert start == self._length, f"tokens at {start} after {self._length} in the KV cache"
+        assert start + count <= self.ctx, f"{start + count} tokens in a KV cache of {self.ctx}"
+        self._written = start + count
+        self._length = self._keepable(start)
+
+    def commit(self) -> None:
+        self._length = self._written
+
+    def append(
+        self, layer: int, start: int, keys: Tensor, values: Tensor
+    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Store new tokens piece by piece, and give what each piece may look at.
+
+        Shapes: keys and values [n, kv heads, D]. Yields (first, last, keys, values): tokens first
+        to last - 1 of the new ones see keys [kv heads, L, D], of which the last ones are
+        their own; the views are valid until the next step of the iteration.
+        """
+        storage, count = self._storage[layer], keys.shape[0]
+        first = 0
+        while first < count:
+            slot, last = start + first, count
+            if self._chunked[layer]:
+                assert self._chunk is not None, "a ring without a chunk size"
+                slot %= self._chunk
+                last = min(count, first + self._chunk - slot)
+            end = slot + last - first
+            storage[0, :, slot:end] = keys[first:last].transpose(0, 1)
+            storage[1, :, slot:end] = values[first:last].transpose(0, 1)
+            yield first, last, storage[0, :, :end], storage[1, :, :end]
+            first = last
+
+    def _keepable(self, length: int) -> int:
+        """`length`, or the start of its chunk where the rings have moved on."""
+        if self._chunk is None or not any(self._chunked):
+            return length
+        held = max(self._written - 1, 0) // self._chunk
+        in_chunk = length % self._chunk
+        return length if in_chunk == 0 or length // self._chunk == held else length - in_chunk

@@ -1,0 +1,1 @@
+"""Forward passes; routed experts come from an injected provider."""

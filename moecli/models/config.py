@@ -1,0 +1,184 @@
+"""Knows what a text decoder is made of and how it differs from the others; no HF names, no tensors.
+
+Legend of the shapes: T tokens, H hidden, D head size, E experts, I intermediate, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+AttentionKind = Literal["full", "chunked"]
+RopeKind = Literal["interleaved", "half"]
+QkNorm = Literal["none", "weighted_before_rope", "weightless_after_rope"]
+RouterKind = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """llama3 scaling: wavelengths beyond `original_context` / `low` are divided by `factor`."""
+
+    factor: float
+    low: float
+    high: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Which components turn together (neighbours, or one of each half), and how fast."""
+
+    kind: RopeKind
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class TemperatureSpec:
+    """Queries of layers without RoPE are scaled by 1 + scale * ln(1 + floor((pos + 1) / floor))."""
+
+    floor: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one decoder layer does."""
+
+    attention: AttentionKind
+    rope: bool
+    moe: bool
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """A tensor outside the routed experts, by our own name; `linear`: fit to be quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    linear: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A Mixture-of-Experts text decoder; families differ in these data only."""
+
+    architecture: str  # as config.json names it
+    family: str  # key of the name tables in moecli.models.naming
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    num_experts: int
+    experts_per_token: int
+    expert_intermediate_size: int
+    shared_intermediate_size: int  # 0: no shared expert
+    dense_intermediate_size: int  # of layers without experts; 0 when there are none
+    router: RouterKind
+    normalize_topk: bool  # the chosen experts' weights are made to sum to one
+    weight_on_input: bool  # Expert(w * x) instead of w * Expert(x)
+    rope: RopeSpec
+    qk_norm: QkNorm
+    attention_bias: bool
+    chunk_size: int | None  # tokens of an absolute chunk; None: no layer is chunked
+    temperature: TemperatureSpec | None
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_context: int
+    num_vision_params: int = 0  # vision tower and projector of a multimodal checkpoint
+
+    @staticmethod
+    def from_hf(config: dict) -> "ModelSpec":
+        """The spec of a config.json, whichever library version wrote it.
+
+        Raises MoecliError for a dense model, an unknown architecture, a missing or odd key.
+        """
+        from moecli.models.hf_config import read_spec
+
+        return read_spec(config)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self.layers) if layer.moe)
+
+    @property
+    def expert_numel(self) -> int:
+        """Weights of one routed expert."""
+        return 3 * self.hidden_size * self.expert_intermediate_size
+
+    @cached_property
+    def dense_tensors(self) -> tuple[DenseTensor, ...]:
+        """Every tensor outside the routed experts, in the order in which a token meets them."""
+        embed = DenseTensor("embed_tokens", (self.vocab_size, self.hidden_size))
+        head = DenseTensor("lm_head", (self.vocab_size, self.hidden_size), linear=True)
+        layers = [t for index in range(self.num_layers) for t in self._layer_tensors(index)]
+        norm = DenseTensor("norm", (self.hidden_size,))
+        return (embed, *layers, norm, *(() if self.tie_word_embeddings else (head,)))
+
+    def _layer_tensors(self, index: int) -> list[DenseTensor]:
+        layer, hidden = self.layers[index], self.hidden_size
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {"q_proj": (q_size, hidden), "k_proj": (kv_size, hidden)}
+        shapes |= {"v_proj": (kv_size, hidden), "o_proj": (hidden, q_size)}
+        found = [DenseTensor("input_norm", (hidden,))]
+        found += [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
+        if self.attention_bias:
+            found += [DenseTensor(f"{name}.bias", shape[:1]) for name, shape in shapes.items()]
+        if self.qk_norm == "weighted_before_rope":
+            found += [DenseTensor(name, (self.head_dim,)) for name in ("q_norm", "k_norm")]
+        found.append(DenseTensor("post_norm", (hidden,)))
+        if layer.moe:
+            found.append(DenseTensor("router", (self.num_experts, hidden)))
+            found += _mlp_tensors("shared", hidden, self.shared_intermediate_size)
+        else:
+            found += _mlp_tensors("mlp", hidden, self.dense_intermediate_size)
+        return [DenseTensor(f"layers.{index}.{t.name}", t.shape, t.linear) for t in found]
+
+    @property
+    def num_text_params(self) -> int:
+        """Weights of the text decoder; a tied embedding counts once."""
+        experts = len(self.moe_layers) * self.num_experts * self.expert_numel
+        return sum(tensor.numel for tensor in self.dense_tensors) + experts
+
+    @property
+    def num_params(self) -> int:
+        """All weights of the checkpoint, a vision tower included: the number that is published."""
+        return self.num_text_params + self.num_vision_params
+
+    @property
+    def num_active_params(self) -> int:
+        """Text weights less the experts that one token does not choose; embeddings count."""
+        idle = self.num_experts - self.experts_per_token
+        return self.num_text_params - len(self.moe_layers) * idle * self.expert_numel
+
+    def kv_capacity(self, layer: int, ctx: int) -> int:
+        """Tokens that `layer` holds at a context of `ctx`: a chunked layer one chunk at most."""
+        if self.layers[layer].attention == "chunked":
+            assert self.chunk_size is not None, "a chunked layer without a chunk size"
+            return min(ctx, self.chunk_size)
+        return ctx
+
+    def kv_nbytes(self, ctx: int, itemsize: int) -> int:
+        """Bytes of keys and values of one sequence of `ctx` tokens, `itemsize` bytes a number."""
+        held = sum(self.kv_capacity(layer, ctx) for layer in range(self.num_layers))
+        return 2 * self.num_kv_heads * self.head_dim * itemsize * held
+
+
+def _mlp_tensors(prefix: str, hidden: int, intermediate: int) -> list[DenseTensor]:
+    if not intermediate:
+        return []
+    return [
+        DenseTensor(f"{prefix}.gate_proj", (intermediate, hidden), linear=True),
+        DenseTensor(f"{prefix}.up_proj", (intermediate, hidden), linear=True),
+        DenseTensor(f"{prefix}.down_proj", (hidden, intermediate), linear=True),
+    ]

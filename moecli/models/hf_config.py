@@ -1,0 +1,277 @@
+"""Knows Hugging Face's field names, old and new; the only place that does. Knows no tensors."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moecli.errors import MoecliError
+from moecli.models.config import (
+    AttentionKind,
+    LayerSpec,
+    ModelSpec,
+    RopeKind,
+    RopeScaling,
+    RopeSpec,
+    TemperatureSpec,
+)
+
+_SUPPORTED_HINT = "supported: Llama 4 (Scout, Maverick and their like) and Qwen3-MoE"
+_MISSING: Any = object()
+
+
+class _Fields:
+    """Typed reads of one JSON object; every complaint names the key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
+        self.values = values
+        self.where = where
+
+    def get(self, key: str, kind: type, default: Any = _MISSING) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise MoecliError(f"`{key}` is missing from {self.where}")
+            return default
+        fits = isinstance(value, (int, float)) if kind in (int, float) else isinstance(value, kind)
+        if not fits or (kind is int and (isinstance(value, bool) or value != int(value))):
+            raise MoecliError(
+                f"`{key}` in {self.where} should be of type {kind.__name__}, not {value!r}"
+            )
+        return kind(value)
+
+    def size(self, key: str, default: Any = _MISSING) -> int:
+        value = self.get(key, int, default)
+        if value < 1:
+            raise MoecliError(f"`{key}` in {self.where} must be at least 1, not {value}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Some releases store a flag as a number."""
+        value = self.values.get(key)
+        return default if value is None else bool(value)
+
+    def section(self, key: str) -> "_Fields":
+        return _Fields(self.get(key, dict), f"`{key}` of {self.where}")
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a parsed config.json; raises MoecliError naming what is wrong with it."""
+    architecture = _architecture(config)
+    reader = _READERS.get(architecture)
+    if reader is None:
+        if not _has_experts(config):
+            raise MoecliError(
+                f"`{architecture}` is a dense model: it has no experts to quantize or to offload",
+                _SUPPORTED_HINT,
+            )
+        raise MoecliError(
+            f"moecli does not know the architecture `{architecture}`", _SUPPORTED_HINT
+        )
+    spec = reader(architecture, _Fields(config))
+    _check(spec)
+    return spec
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or []
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return names[0]
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise MoecliError("config.json names neither `architectures` nor `model_type`")
+    return _BY_MODEL_TYPE.get(model_type, model_type)
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether any field, nested ones included, counts more than one expert."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            if _has_experts(value):
+                return True
+        elif "expert" in key and isinstance(value, (int, float)) and value > 1:
+            return True
+    return False
+
+
+def _check(spec: ModelSpec) -> None:
+    if not spec.moe_layers:
+        raise MoecliError(
+            f"this `{spec.architecture}` has no layer with experts to offload", _SUPPORTED_HINT
+        )
+    if spec.num_heads % spec.num_kv_heads:
+        raise MoecliError(
+            f"`num_attention_heads` ({spec.num_heads}) in config.json is no multiple of "
+            f"`num_key_value_heads` ({spec.num_kv_heads})"
+        )
+    if spec.experts_per_token > spec.num_experts:
+        raise MoecliError(
+            f"`num_experts_per_tok` ({spec.experts_per_token}) in config.json exceeds the number "
+            f"of experts ({spec.num_experts})"
+        )
+    if spec.head_dim % 2:
+        raise MoecliError(f"`head_dim` in config.json must be even, not {spec.head_dim}")
+
+
+def _rope(fields: _Fields, kind: RopeKind) -> RopeSpec:
+    """transformers 5 stores `rope_parameters`; before, `rope_theta` and `rope_scaling`."""
+    new = fields.get("rope_parameters", dict, {})
+    scaling = _Fields(new or fields.get("rope_scaling", dict, {}), "the RoPE part of config.json")
+    owner = scaling if new.get("rope_theta") is not None else fields
+    theta = owner.get("rope_theta", float)
+    rope_type = scaling.get("rope_type", str, scaling.get("type", str, "default"))
+    if rope_type == "default":
+        return RopeSpec(kind, theta)
+    if rope_type != "llama3":
+        raise MoecliError(f"RoPE scaling `{rope_type}` is not supported", "supported: `llama3`")
+    return RopeSpec(
+        kind,
+        theta,
+        RopeScaling(
+            factor=scaling.get("factor", float),
+            low=scaling.get("low_freq_factor", float),
+            high=scaling.get("high_freq_factor", float),
+            original_context=scaling.size("original_max_position_embeddings"),
+        ),
+    )
+
+
+def _require_silu(fields: _Fields) -> None:
+    activation = fields.get("hidden_act", str)
+    if activation != "silu":
+        raise MoecliError(f"`hidden_act` `{activation}` is not supported", "supported: `silu`")
+
+
+def _common(fields: _Fields) -> dict[str, Any]:
+    """What all families call by the same name."""
+    _require_silu(fields)
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    return {
+        "vocab_size": fields.size("vocab_size"),
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": fields.size("num_key_value_heads"),
+        "experts_per_token": fields.size("num_experts_per_tok"),
+        "rms_norm_eps": fields.get("rms_norm_eps", float),
+        "attention_bias": fields.flag("attention_bias", False),
+        "max_context": fields.size("max_position_embeddings"),
+    }
+
+
+def _llama4(architecture: str, top: _Fields) -> ModelSpec:
+    fields = top.section("text_config") if "text_config" in top.values else top
+    count = fields.size("num_hidden_layers")
+    layers = _llama4_layers(fields, count)
+    chunked = any(layer.attention == "chunked" for layer in layers)
+    temperature = None
+    if fields.flag("attn_temperature_tuning", True):
+        temperature = TemperatureSpec(
+            fields.get("floor_scale", float, 8192.0), fields.get("attn_scale", float, 0.1)
+        )
+    all_moe = all(layer.moe for layer in layers)
+    intermediate = fields.size("intermediate_size")
+    return ModelSpec(
+        **_common(fields),
+        architecture=architecture,
+        family="llama4",
+        head_dim=fields.size("head_dim", 128),
+        layers=layers,
+        num_experts=fields.size("num_local_experts"),
+        expert_intermediate_size=intermediate,
+        shared_intermediate_size=intermediate,
+        dense_intermediate_size=0 if all_moe else fields.size("intermediate_size_mlp"),
+        router="sigmoid",
+        normalize_topk=False,
+        weight_on_input=True,
+        rope=_rope(fields, "interleaved"),
+        qk_norm="weightless_after_rope" if fields.flag("use_qk_norm", True) else "none",
+        chunk_size=fields.size("attention_chunk_size") if chunked else None,
+        temperature=temperature,
+        tie_word_embeddings=fields.flag(
+            "tie_word_embeddings", top.flag("tie_word_embeddings", False)
+        ),
+        num_vision_params=_vision_params(top, fields.size("hidden_size")),
+    )
+
+
+def _llama4_layers(fields: _Fields, count: int) -> tuple[LayerSpec, ...]:
+    interval = fields.size("no_rope_layer_interval", 4)
+    rope = fields.get("no_rope_layers", list, []) or [(i + 1) % interval for i in range(count)]
+    kinds = fields.get("layer_types", list, []) or [
+        "chunked_attention" if rotates else "full_attention" for rotates in rope
+    ]
+    for key, values in (("no_rope_layers", rope), ("layer_types", kinds)):
+        if len(values) < count:
+            raise MoecliError(
+                f"`{key}` in {fields.where} has {len(values)} entries for {count} layers"
+            )
+    step = fields.size("interleave_moe_layer_step", 1)
+    moe = fields.get("moe_layers", list, list(range(step - 1, count, step)))
+    return tuple(
+        LayerSpec(_attention_kind(fields, kinds[i]), bool(rope[i]), i in moe) for i in range(count)
+    )
+
+
+def _attention_kind(fields: _Fields, name: Any) -> AttentionKind:
+    if name == "full_attention":
+        return "full"
+    if name == "chunked_attention":
+        return "chunked"
+    raise MoecliError(f"layer type `{name}` in {fields.where} is not supported")
+
+
+def _vision_params(top: _Fields, text_hidden: int) -> int:
+    """Weights of Llama 4's vision tower, adapter and projector; 0 for a text checkpoint."""
+    if not top.get("vision_config", dict, {}):
+        return 0
+    vision = top.section("vision_config")
+    hidden, inner = vision.size("hidden_size"), vision.size("intermediate_size")
+    patch = vision.size("patch_size")
+    patches = (vision.size("image_size") // patch) ** 2 + 1
+    attention = 4 * (hidden * hidden + hidden)
+    mlp = 2 * hidden * inner + inner + hidden
+    layer = attention + mlp + 4 * hidden
+    embedding = hidden * (vision.size("num_channels", 3) * patch**2 + patches + 1) + 4 * hidden
+    projected = vision.size("projector_output_dim")
+    adapter = inner * vision.size("projector_input_dim") + projected * projected
+    projector = vision.size("vision_output_dim") * text_hidden
+    return vision.size("num_hidden_layers") * layer + embedding + adapter + projector
+
+
+def _qwen3_moe(architecture: str, fields: _Fields) -> ModelSpec:
+    if fields.flag("use_sliding_window", False):
+        raise MoecliError("`use_sliding_window` in config.json is not supported")
+    count, common = fields.size("num_hidden_layers"), _common(fields)
+    step = fields.size("decoder_sparse_step", 1)
+    dense = fields.get("mlp_only_layers", list, [])
+    moe = [i not in dense and (i + 1) % step == 0 for i in range(count)]
+    experts = "num_experts" if "num_experts" in fields.values else "num_local_experts"
+    return ModelSpec(
+        **common,
+        architecture=architecture,
+        family="qwen3_moe",
+        head_dim=fields.size("head_dim", common["hidden_size"] // common["num_heads"]),
+        layers=tuple(LayerSpec("full", True, is_moe) for is_moe in moe),
+        num_experts=fields.size(experts),
+        expert_intermediate_size=fields.size("moe_intermediate_size"),
+        shared_intermediate_size=0,
+        dense_intermediate_size=0 if all(moe) else fields.size("intermediate_size"),
+        router="softmax",
+        normalize_topk=fields.flag("norm_topk_prob", False),
+        weight_on_input=False,
+        rope=_rope(fields, "half"),
+        qk_norm="weighted_before_rope",
+        chunk_size=None,
+        temperature=None,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+    )
+
+
+_READERS: dict[str, Callable[[str, _Fields], ModelSpec]] = {
+    "Llama4ForConditionalGeneration": _llama4,
+    "Llama4ForCausalLM": _llama4,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+}
+_BY_MODEL_TYPE = {
+    "llama4": "Llama4ForConditionalGeneration",
+    "llama4_text": "Llama4ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}

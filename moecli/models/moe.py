@@ -1,0 +1,98 @@
+"""Knows routing, shared experts and plain MLPs; routed experts are somebody else's, injected.
+
+Legend of the shapes: T tokens, H hidden, E experts, k experts a token.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moecli.models.attention import Weight, Weights
+from moecli.models.config import ModelSpec
+from moecli.models.provider import ExpertProvider
+from quant.ops import linear
+
+FloatExpert = tuple[Tensor, Tensor, Tensor]  # gate [I, H], up [I, H], down [H, I]
+
+
+def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+
+
+class Mlp:
+    """A dense MLP: that of a layer without experts (`mlp`), or the expert that all share."""
+
+    def __init__(self, prefix: str, weights: Weights) -> None:
+        names = ("gate_proj", "up_proj", "down_proj")
+        self.weights = [weights(f"{prefix}.{name}") for name in names]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return gated_mlp(x, *self.weights)
+
+
+class Router:
+    """Which experts a token goes to, and how much they count."""
+
+    def __init__(self, spec: ModelSpec, layer: int, weights: Weights) -> None:
+        self.kind = spec.router
+        self.top_k = spec.experts_per_token
+        self.normalize = spec.normalize_topk
+        self.weight = weights(f"layers.{layer}.router")  # [E, H]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> topk_ids [T, k] int64, topk_weights [T, k] in x.dtype."""
+        logits = linear(x, self.weight)  # [T, E]
+        if self.kind == "sigmoid":
+            chosen, ids = logits.topk(self.top_k, dim=-1)
+            scores = chosen.float().sigmoid()
+        else:
+            scores, ids = logits.float().softmax(dim=-1).topk(self.top_k, dim=-1)
+        if self.normalize:
+            scores = scores / scores.sum(dim=-1, keepdim=True)
+        return ids, scores.to(x.dtype)
+
+
+class MoeBlock:
+    """Routed experts plus, where the family has one, the shared expert."""
+
+    def __init__(
+        self, spec: ModelSpec, layer: int, weights: Weights, experts: ExpertProvider
+    ) -> None:
+        self.layer = layer
+        self.router = Router(spec, layer, weights)
+        self.experts = experts
+        self.shared: Mlp | None = None
+        if spec.shared_intermediate_size:
+            self.shared = Mlp(f"layers.{layer}.shared", weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        routed = self.experts(self.layer, x, *self.router(x))
+        return routed if self.shared is None else self.shared(x) + routed
+
+
+class FloatExperts:
+    """The provider without offloading: float weights, kept wherever `load` has them."""
+
+    def __init__(self, spec: ModelSpec, load: Callable[[int, int], FloatExpert]) -> None:
+        """`load(layer, expert)` is asked anew each time an expert is needed."""
+        self.load = load
+        self.weight_on_input = spec.weight_on_input
+
+    def __call__(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Tensor:
+        out = hidden.new_zeros(*topk_ids.shape, hidden.shape[-1])  # [T, k, H]
+        for expert in topk_ids.unique().tolist():
+            tokens, choices = torch.where(topk_ids == expert)
+            x, weight = hidden[tokens], topk_weights[tokens, choices, None]
+            if self.weight_on_input:
+                out[tokens, choices] = gated_mlp(x * weight, *self.load(layer, expert))
+            else:
+                out[tokens, choices] = gated_mlp(x, *self.load(layer, expert)) * weight
+        return out.sum(dim=1)
+
+    def prefetch(self, layer: int, topk_ids: Tensor) -> None:
+        """Nothing to fetch."""

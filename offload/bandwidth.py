@@ -1,0 +1,166 @@
+"""Knows how to measure how fast bytes come from memory, disk and over the link; keeps nothing.
+
+Each measurement takes well under a second. None, or a note in the result, where this system
+cannot do it.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload.errors import OffloadError
+
+_BLOCK_NBYTES = 4 << 20
+_DISK_THREADS = 4  # as many reads in flight as a request with several misses has
+_MEASURE_S = 0.4
+
+
+@dataclass(frozen=True)
+class DiskBandwidth:
+    """Bytes a second of large reads. If not `direct`, the page cache may have answered some."""
+
+    bytes_per_s: float
+    direct: bool
+    nbytes: int  # that were read
+
+
+def measure_ram(threads: int = 1, nbytes: int = 256 << 20) -> float | None:
+    """Bytes a second that `threads` threads together read; None without a C library to ask.
+
+    Compares two equal halves of a block far larger than any cache: reads only, by the fastest
+    instructions that the C library knows.
+    """
+    memcmp = _memcmp()
+    if memcmp is None:
+        return None
+    assert threads >= 1, f"{threads} threads"
+    share = nbytes // (2 * threads) // mmap.PAGESIZE * mmap.PAGESIZE
+    with mmap.mmap(-1, 2 * share * threads) as block:
+        anchor = ctypes.c_char.from_buffer(block)
+        base = ctypes.addressof(anchor)
+        ctypes.memset(base, 1, len(block))  # untouched pages would all be one page of zeros
+        half = share * threads
+
+        def read(i: int) -> None:
+            equal = memcmp(base + i * share, base + half + i * share, share) == 0
+            assert equal, "memory changed under the measurement"
+
+        best = min(_timed(read, threads) for _ in range(3))
+        del anchor
+    return 2 * share * threads / best
+
+
+def _memcmp() -> Callable[[int, int, int], int] | None:
+    try:
+        library = ctypes.CDLL(None)  # its calls release the GIL
+        library.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    except (OSError, TypeError, AttributeError):
+        return None
+    return library.memcmp
+
+
+def _timed(task: Callable[[int], None], num_threads: int) -> float:
+    """Seconds for `task(0)` ... `task(n - 1)` at once, this thread taking one."""
+    others = [threading.Thread(target=task, args=(i,)) for i in range(1, num_threads)]
+    begin = time.perf_counter()
+    for thread in others:
+        thread.start()
+    task(0)
+    for thread in others:
+        thread.join()
+    return time.perf_counter() - begin
+
+
+def measure_disk(path: Path, nbytes: int = 256 << 20) -> DiskBandwidth:
+    """How fast the disk under `path` is read, past the page cache where the system allows.
+
+    A file is read itself, at most `nbytes` of it; in a directory a temporary file is written first
+    and removed. Raises OffloadError when that fails.
+    """
+    try:
+        if not path.is_dir():
+            return _measure_file(path, nbytes)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".moecli-") as file:
+            _fill(file.fileno(), nbytes)
+            return _measure_file(Path(file.name), nbytes)
+    except OSError as error:
+        raise OffloadError(f"cannot measure the disk at `{path}`: {error.strerror}") from error
+
+
+def _fill(file: int, nbytes: int) -> None:
+    """Write up to `nbytes`, or as much as half a second allows, and see it on the disk."""
+    block = os.urandom(_BLOCK_NBYTES)  # some disks compress
+    end = time.perf_counter() + _MEASURE_S
+    done = 0
+    while done < nbytes and (done == 0 or time.perf_counter() < end):
+        done += os.write(file, block)
+        os.fsync(file)
+
+
+def _measure_file(path: Path, nbytes: int) -> DiskBandwidth:
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        return _read_file(path, nbytes, flag)
+    except OSError as error:
+        if not flag or error.errno != errno.EINVAL:
+            raise
+        return _read_file(path, nbytes, 0)  # a file system without direct reads
+
+
+def _read_file(path: Path, nbytes: int, flag: int) -> DiskBandwidth:
+    file = os.open(path, os.O_RDONLY | flag)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        return _read_blocks(file, min(nbytes, os.fstat(file).st_size), bool(flag))
+    finally:
+        os.close(file)
+
+
+def _read_blocks(file: int, nbytes: int, direct: bool) -> DiskBandwidth:
+    block = min(_BLOCK_NBYTES, max(4096, nbytes // 4096 * 4096))
+    offsets = iter(range(0, max(1, nbytes - block + 1), block))
+    counts = [0] * _DISK_THREADS
+    errors: list[OSError] = []
+    end = time.perf_counter() + _MEASURE_S
+
+    def read(i: int) -> None:
+        with mmap.mmap(-1, block) as target:  # page-aligned, as direct reads want it
+            for offset in offsets:
+                try:
+                    counts[i] += os.preadv(file, [target], offset)
+                except OSError as error:
+                    errors.append(error)
+                    return
+                if time.perf_counter() > end:
+                    return
+
+    seconds = _timed(read, _DISK_THREADS)
+    if errors:
+        raise errors[0]
+    return DiskBandwidth(sum(counts) / seconds, direct, sum(counts))
+
+
+def measure_link(nbytes: int = 256 << 20) -> float | None:
+    """Bytes a second from pinned memory to the current CUDA device; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # [nbytes]
+    target = torch.empty_like(source, device="cuda")  # [nbytes]
+    best = float("inf")
+    for _ in range(4):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return nbytes / best

@@ -1,0 +1,74 @@
+"""Knows one block of main memory, cut into slots of equal size; not what lies in them."""
+
+import ctypes
+import mmap
+
+from offload.errors import OffloadError
+
+SLOT_ALIGNMENT = 4096
+
+
+class HostArena:
+    """As many whole slots as `nbytes` hold, in one page-aligned allocation that never grows.
+
+    The system hands out a page when it is first written, so unused slots cost nothing yet.
+    `hugepages` asks for large pages where the system has them (fewer TLB misses in kernels that
+    stream through an expert). Raises OffloadError when the memory is not to be had.
+    """
+
+    def __init__(self, nbytes: int, slot_nbytes: int, hugepages: bool = True) -> None:
+        aligned = slot_nbytes > 0 and slot_nbytes % SLOT_ALIGNMENT == 0
+        assert aligned, f"slots of {slot_nbytes} bytes are no multiple of {SLOT_ALIGNMENT}"
+        assert nbytes >= slot_nbytes, f"{nbytes} bytes hold no slot of {slot_nbytes}"
+        self.num_slots = nbytes // slot_nbytes
+        self.slot_nbytes = slot_nbytes
+        self._map: mmap.mmap | None = _allocate(self.nbytes)
+        if hugepages and hasattr(mmap, "MADV_HUGEPAGE"):
+            _advise_hugepages(self._map)
+        self._view = memoryview(self._map)
+        anchor = ctypes.c_char.from_buffer(self._map)
+        self._base = ctypes.addressof(anchor)
+        del anchor  # an export that outlived this line would keep close() from unmapping
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_slots * self.slot_nbytes
+
+    def buffer(self, slot: int) -> memoryview:
+        """The bytes of a slot, writable; release it before the arena is closed."""
+        assert self._map is not None, "the arena is closed"
+        assert 0 <= slot < self.num_slots, f"no slot {slot}"
+        start = slot * self.slot_nbytes
+        return self._view[start : start + self.slot_nbytes]
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins in this process' memory; valid until the arena is closed."""
+        assert self._map is not None, "the arena is closed"
+        assert 0 <= slot < self.num_slots, f"no slot {slot}"
+        return self._base + slot * self.slot_nbytes
+
+    def close(self) -> None:
+        """Give the memory back; every address and buffer of it is dead from here on."""
+        if self._map is not None:
+            self._view.release()
+            self._map.close()
+            self._map = None
+
+
+def _allocate(nbytes: int) -> mmap.mmap:
+    try:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return mmap.mmap(-1, nbytes)
+    except (OSError, OverflowError) as error:
+        raise OffloadError(
+            f"the system refuses {nbytes / 2**30:.2f} GiB of memory for experts",
+            "give a smaller budget with `--ram`",
+        ) from error
+
+
+def _advise_hugepages(block: mmap.mmap) -> None:
+    try:
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return  # a kernel without them: the advice was all there was to give

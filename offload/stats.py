@@ -1,0 +1,44 @@
+"""Knows the counters of a cache of experts; counts nothing itself."""
+
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters since the manager was made; `later - earlier` gives those of the time between.
+
+    A request is one expert in one `ensure`. A hit found it in the top tier or on its way there.
+    With a device, `host_hits` and `host_misses` divide the misses of the top tier by whether main
+    memory had the bytes; without one they are 0.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
+    evictions: int = 0  # from the top tier
+    host_evictions: int = 0  # from main memory, where that is not the top tier
+    disk_nbytes: int = 0  # read from disk, read-ahead included
+    ahead_nbytes: int = 0  # of these, read ahead
+    device_nbytes: int = 0  # copied from main memory to the device
+    prefetch_reads: int = 0  # experts read ahead
+    prefetch_hits: int = 0  # of these, asked for while they were still here
+    prefetch_wasted: int = 0  # of these, evicted before anybody asked
+    prefetch_dropped: int = 0  # guesses that were never read: no room, overtaken, cancelled
+    prefetch_failed: int = 0  # read-aheads that ended in an error
+
+    @property
+    def requests(self) -> int:
+        return self.hits + self.misses
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of requests met by the top tier; None when there were none."""
+        return self.hits / self.requests if self.requests else None
+
+    def __sub__(self, earlier: "CacheStats") -> "CacheStats":
+        names = [field.name for field in fields(self)]
+        return CacheStats(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
+    def to_dict(self) -> dict[str, int | float | None]:
+        return {**asdict(self), "hit_rate": self.hit_rate}

@@ -1,0 +1,109 @@
+"""Makes tiny random checkpoints that look like those of a hub; knows no moecli code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+HIDDEN, INTER, EXPERTS, VOCAB = 64, 32, 4, 320
+HEADS, KV_HEADS, HEAD_DIM, LAYERS, CHUNK = 4, 2, 16, 4, 32
+SPECIALS = ["<|begin_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|header_start|>{{ m['role'] }}<|header_end|>\n\n"
+    "{{ m['content'] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
+)
+
+
+def llama4_config() -> dict[str, Any]:
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTER,
+        "intermediate_size_mlp": 2 * INTER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": CHUNK,
+        "use_qk_norm": True,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "no_rope_layers": [1, 1, 1, 0],
+        "max_position_embeddings": 512,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "bos_token_id": 256,
+        "eos_token_id": [257],
+        "pad_token_id": 257,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def llama4_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """bf16 tensors of the tiny Llama 4, fused as in a hub's repository."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, scale: float = 0.1) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).bfloat16()
+
+    tensors = {
+        "model.embed_tokens.weight": rand(VOCAB, HIDDEN, scale=1.0),
+        "lm_head.weight": rand(VOCAB, HIDDEN, scale=0.3),
+        "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
+    }
+    for i in range(LAYERS):
+        p = f"model.layers.{i}."
+        tensors |= {
+            p + "input_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
+            p + "post_attention_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
+            p + "self_attn.q_proj.weight": rand(HEADS * HEAD_DIM, HIDDEN),
+            p + "self_attn.k_proj.weight": rand(KV_HEADS * HEAD_DIM, HIDDEN),
+            p + "self_attn.v_proj.weight": rand(KV_HEADS * HEAD_DIM, HIDDEN),
+            p + "self_attn.o_proj.weight": rand(HIDDEN, HEADS * HEAD_DIM),
+            p + "feed_forward.router.weight": rand(EXPERTS, HIDDEN, scale=1.0),
+            p + "feed_forward.experts.gate_up_proj": rand(EXPERTS, HIDDEN, 2 * INTER),
+            p + "feed_forward.experts.down_proj": rand(EXPERTS, INTER, HIDDEN),
+            p + "feed_forward.shared_expert.gate_proj.weight": rand(INTER, HIDDEN),
+            p + "feed_forward.shared_expert.up_proj.weight": rand(INTER, HIDDEN),
+            p + "feed_forward.shared_expert.down_proj.weight": rand(HIDDEN, INTER),
+        }
+    return tensors
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer without merges, four special tokens and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[1], "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257]}))
+
+
+def write_checkpoint(
+    directory: Path,
+    config: dict[str, Any] | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """A complete source directory; one shard."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config or llama4_config()))
+    save_file(tensors or llama4_tensors(), directory / "model.safetensors", {"format": "pt"})
+    write_tokenizer(directory)
+    return directory

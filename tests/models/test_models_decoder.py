@@ -1,0 +1,185 @@
+"""The decoder against transformers on tiny random models, fp32, every way of feeding tokens."""
+
+import functools
+
+import pytest
+import torch
+from tiny_models import decoder_of, expected_logits, logits_in_steps, oracle, spec_of, tokens
+
+from moecli.kv_cache import KvCache
+from moecli.models.batch import Batch, SequenceSlice
+
+TOLERANCE = 1e-5
+LENGTH = 45  # five chunks of 8 and a rest
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA4_VARIANTS = {
+    "plain": {},
+    "no_qk_norm": {"use_qk_norm": False},
+    "maverick": {"interleave_moe_layer_step": 2, "use_qk_norm": False},
+    "explicit_moe_layers": {"moe_layers": [0, 3]},
+    "no_tuning": {"attn_temperature_tuning": False},
+    "rope_layers": {"no_rope_layers": [0, 1, 0, 1]},
+    "no_rope_layers_empty": {"no_rope_layers": []},
+    "all_full": {"layer_types": ["full_attention"] * 4},
+    "tied": {"tie_word_embeddings": True},
+    "bias": {"attention_bias": True},
+    "top2": {"num_experts_per_tok": 2},
+    "llama3": {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    "llama3_low_equals_high": {
+        "rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 1.0}
+    },
+    "chunk_of_5_one_kv_head": {"attention_chunk_size": 5, "num_key_value_heads": 1},
+    "chunk_beyond_length": {"attention_chunk_size": 64, "num_key_value_heads": 4},
+}
+QWEN3_VARIANTS = {
+    "plain": {},
+    "norm_topk": {"norm_topk_prob": True},
+    "sparse_step": {"decoder_sparse_step": 2},
+    "mlp_only": {"mlp_only_layers": [0, 2]},
+    "bias": {"attention_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "no_head_groups": {"num_key_value_heads": 4},
+    "llama3": {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+}
+VARIANTS = [("llama4", name) for name in LLAMA4_VARIANTS]
+VARIANTS += [("qwen3_moe", name) for name in QWEN3_VARIANTS]
+STEPS = {
+    "at_once": [LENGTH],
+    "one_by_one": [1] * LENGTH,
+    "odd_pieces": [7, 13, 3, 1, 20, 1],
+    "on_chunk_borders": [8, 8, 16, 13],
+}
+
+
+@functools.cache
+def case(family, name):
+    variants = LLAMA4_VARIANTS if family == "llama4" else QWEN3_VARIANTS
+    model, ids = oracle(family, **variants[name]), tokens(LENGTH)
+    return decoder_of(model), ids, expected_logits(model, ids)
+
+
+def difference(found, expected):
+    assert found.shape == expected.shape
+    assert expected.std() > 0.3, "logits too flat to tell a broken model"
+    return (found - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_logits_equal_transformers(family, name, steps):
+    decoder, ids, expected = case(family, name)
+    found = logits_in_steps(decoder, ids, STEPS[steps])
+    assert difference(found, expected) <= TOLERANCE
+
+
+def test_the_library_masks_absolute_chunks():
+    """What FACTS the oracle rests on: token i sees j iff j <= i and both lie in one chunk."""
+    from transformers.masking_utils import create_chunked_causal_mask
+
+    model = oracle("llama4")
+    model.config._attn_implementation = "eager"
+    mask = create_chunked_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(1, 20, 32),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(20)[None],
+    )
+    i, j = torch.arange(20)[:, None], torch.arange(20)
+    assert torch.equal(mask[0, 0] == 0, (j <= i) & (i // 8 == j // 8))
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+def test_ragged_batch(family):
+    """Three sequences at different positions: some prefill, one decodes, in the same forward."""
+    model = oracle(family)
+    decoder = decoder_of(model)
+    ids = [tokens(n, seed=n) for n in (37, 21, 30)]
+    caches = [KvCache(decoder.spec, 40, torch.float32) for _ in ids]
+    rounds = [(5, 20, 3), (17, 1, 13), (1, 0, 14), (14, 0, 0)]
+    got = [[], [], []]
+    for sizes in rounds:
+        parts = [s for s in range(3) if sizes[s]]
+        pieces = tuple(SequenceSlice(caches[s], caches[s].length, sizes[s]) for s in parts)
+        new = [ids[s][caches[s].length : caches[s].length + sizes[s]] for s in parts]
+        logits = decoder.forward(Batch(torch.cat(new), pieces, all_logits=True))
+        for s, rows in zip(parts, logits.split([sizes[s] for s in parts]), strict=True):
+            got[s].append(rows)
+    for s in range(3):
+        assert difference(torch.cat(got[s]), expected_logits(model, ids[s])) <= TOLERANCE
+
+
+def test_logits_of_each_sequence_s_last_token_only():
+    decoder, ids, expected = case("llama4", "plain")
+    caches = [KvCache(decoder.spec, LENGTH, torch.float32) for _ in range(2)]
+    pieces = (SequenceSlice(caches[0], 0, 11), SequenceSlice(caches[1], 0, 30))
+    found = decoder.forward(Batch(torch.cat((ids[:11], ids[:30])), pieces))
+    assert difference(found, expected[[10, 29]]) <= TOLERANCE
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("keep", [0, 3, 16, 19, 24, 36, 40, 41, 44, 45])
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+def test_truncate_and_go_on(family, keep):
+    """Another continuation after `truncate` sees nothing of what was forgotten."""
+    model = oracle(family)
+    decoder, ids = decoder_of(model), tokens(LENGTH)
+    cache = KvCache(decoder.spec, 64, torch.float32)
+    logits_in_steps(decoder, ids, [30, 15], cache)
+    kept = cache.truncate(keep)
+    assert kept <= keep
+    if family == "qwen3_moe" or keep >= 40:  # the rings hold the chunk that begins at 40
+        assert kept == keep
+    else:
+        assert kept == keep - keep % 8
+    other = torch.cat((ids[:kept], tokens(12, seed=9)))
+    found = logits_in_steps(decoder, other[kept:], [5, 1, 6], cache)
+    assert difference(found, expected_logits(model, other)[kept:]) <= TOLERANCE
+
+
+def test_a_forward_that_dies_leaves_a_usable_cache():
+    """The experts fail in mid-forward across a chunk border: the length stays true."""
+    model = oracle("llama4")
+    decoder, ids = decoder_of(model), tokens(LENGTH)
+    cache = KvCache(decoder.spec, LENGTH, torch.float32)
+    logits_in_steps(decoder, ids[:13], [13], cache)
+    block = decoder.layers[2].mlp
+    experts = block.experts
+
+    def fail(*_):
+        raise RuntimeError("no such expert")
+
+    block.experts = fail
+    with pytest.raises(RuntimeError):
+        decoder.forward(Batch.of(ids[13:20], cache))
+    assert cache.length == 8
+    with pytest.raises(RuntimeError):
+        decoder.forward(Batch.of(ids[8:9], cache))
+    assert cache.length == 8
+    block.experts = experts
+    assert cache.truncate(5) == 0, "the rings no longer hold the first chunk"
+    found = logits_in_steps(decoder, ids, [6, 39], cache)
+    assert difference(found, expected_logits(model, ids)) <= TOLERANCE
+
+
+def test_bfloat16_stays_near_float32():
+    decoder, ids, expected = case("qwen3_moe", "plain")
+    half = decoder_of(oracle("qwen3_moe"), torch.bfloat16)
+    cache = KvCache(half.spec, LENGTH, torch.bfloat16)
+    found = logits_in_steps(half, ids, [20, 25], cache)
+    assert (found - expected).pow(2).mean().sqrt() < 0.05 * expected.std()
+    mixed = logits_in_steps(decoder, ids, [20, 25], KvCache(half.spec, LENGTH, torch.bfloat16))
+    assert (mixed - expected).pow(2).mean().sqrt() < 0.05 * expected.std()
+
+
+def test_parameter_count_equals_transformers():
+    for family, name in VARIANTS:
+        variants = LLAMA4_VARIANTS if family == "llama4" else QWEN3_VARIANTS
+        model = oracle(family, **variants[name])
+        assert spec_of(model).num_params == sum(p.numel() for p in model.parameters()), name

@@ -1,0 +1,118 @@
+"""Tiny random models of transformers, and our decoder over their weights."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from moecli.kv_cache import KvCache
+from moecli.models.config import ModelSpec
+from moecli.models.decoder import Batch, Decoder
+from moecli.models.moe import FloatExperts
+from moecli.models.naming import dense_loader, plan_conversion
+
+LLAMA4 = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "attention_chunk_size": 8,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+QWEN3_MOE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+
+def oracle(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
+    """A model of transformers with weights so large that logits and routing are far from flat."""
+    import transformers
+
+    if family == "llama4":
+        config = transformers.Llama4TextConfig(**(LLAMA4 | changes))
+        kind = transformers.Llama4ForCausalLM
+    else:
+        config = transformers.Qwen3MoeConfig(**(QWEN3_MOE | changes))
+        kind = transformers.Qwen3MoeForCausalLM
+    model = kind(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.data = 1 + 0.3 * noise
+        elif name.endswith("bias"):
+            parameter.data = 0.3 * noise
+        else:
+            fan_in = parameter.shape[1] if "experts" in name else parameter.shape[-1]
+            parameter.data = noise * fan_in**-0.5
+    model.tie_weights()
+    return model
+
+
+def spec_of(model: torch.nn.Module) -> ModelSpec:
+    import json
+
+    architecture = {"architectures": [type(model).__name__]}
+    return ModelSpec.from_hf(json.loads(model.config.to_json_string()) | architecture)
+
+
+def decoder_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> Decoder:
+    spec, tensors = spec_of(model), dict(model.state_dict())
+    if spec.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    plan = plan_conversion(spec, {name: tuple(t.shape) for name, t in tensors.items()})
+    experts = {(item.layer, item.expert): item for item in plan.experts}
+
+    def slice_of(part: object) -> Tensor:
+        tensor = tensors[part.name]
+        tensor = tensor if part.index is None else tensor[part.index]
+        tensor = tensor.T if part.transpose else tensor
+        return tensor if part.rows is None else tensor[slice(*part.rows)]
+
+    def load(layer: int, expert: int) -> tuple[Tensor, ...]:
+        item = experts[layer, expert]
+        return slice_of(item.gate), slice_of(item.up), slice_of(item.down)
+
+    provider = FloatExperts(spec, load)
+    return Decoder(spec, dense_loader(spec, tensors, tensors.__getitem__), provider, dtype)
+
+
+def tokens(count: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def expected_logits(model: torch.nn.Module, token_ids: Tensor) -> Tensor:
+    """Logits [T, V] of the library's forward over the whole sequence, without a cache."""
+    return model(token_ids[None], use_cache=False).logits[0]
+
+
+def logits_in_steps(
+    decoder: Decoder, token_ids: Tensor, sizes: Iterable[int], cache: KvCache | None = None
+) -> Tensor:
+    """Logits [T, V] of tokens that arrive in pieces of these sizes."""
+    cache = cache or KvCache(decoder.spec, len(token_ids), torch.float32)
+    found, start = [], 0
+    for size in sizes:
+        batch = Batch.of(token_ids[start : start + size], cache, all_logits=True)
+        found.append(decoder.forward(batch))
+        start += size
+    assert start == len(token_ids)
+    return torch.cat(found)

@@ -1,0 +1,61 @@
+"""Knows how to write small model files for the tests of this package, and what they hold."""
+
+import ctypes
+import random
+from pathlib import Path
+
+from offload.disk import DiskTier, ExpertSpan
+from offload.host import HostArena
+from offload.keys import ExpertKey
+from offload.manager import ExpertManager
+from offload.policy import LruPolicy, PolicyFactory
+from offload.slots import DeviceSlots
+from offload.trace import Trace
+
+PAGE = 4096
+
+
+class ModelFiles:
+    """Experts of random bytes in one file a layer, each at a 4096-byte boundary."""
+
+    def __init__(self, folder: Path, layers: int = 3, experts: int = 6, nbytes: int = 5000) -> None:
+        self.layers, self.experts, self.nbytes = layers, experts, nbytes
+        self.slot_nbytes = -(-nbytes // PAGE) * PAGE
+        self.blobs: dict[ExpertKey, bytes] = {}
+        self.spans: dict[ExpertKey, ExpertSpan] = {}
+        generator = random.Random(7)
+        for layer in range(layers):
+            path = folder / f"layer{layer}.bin"
+            content = bytearray(PAGE)  # as if a header were there
+            for expert in range(experts):
+                blob = generator.randbytes(nbytes)
+                self.blobs[layer, expert] = blob
+                self.spans[layer, expert] = ExpertSpan(path, len(content), nbytes)
+                content += blob + bytes(self.slot_nbytes - nbytes)
+            path.write_bytes(content)
+
+    def path(self, layer: int) -> Path:
+        return self.spans[layer, 0].path
+
+    def disk(self) -> DiskTier:
+        return DiskTier(self.spans)
+
+    def manager(
+        self,
+        slots: int,
+        *,
+        device: DeviceSlots | None = None,
+        num_workers: int = 2,
+        keep: bool = True,
+        trace: Trace | None = None,
+        policy_factory: PolicyFactory = LruPolicy,
+    ) -> ExpertManager:
+        arena = HostArena(slots * self.slot_nbytes, self.slot_nbytes)
+        return ExpertManager(
+            self.disk(), arena, device, policy_factory, num_workers, keep=keep, trace=trace
+        )
+
+
+def bytes_at(address: int, nbytes: int) -> bytes:
+    """What lies at an address of this process, as a kernel would read it."""
+    return ctypes.string_at(address, nbytes)

@@ -1,0 +1,158 @@
+"""Plans against arithmetic done by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from offload.errors import OffloadError
+from offload.hardware import Machine
+from offload.plan import MemoryPlan, ModelFootprint, largest_context, make_plan
+
+# 10 layers of 16 experts, 2 a token; an expert takes 90 of the 100 bytes of its slot
+MODEL = ModelFootprint(
+    dense_nbytes=1000,
+    embedding_nbytes=300,
+    kv_nbytes=200,
+    workspace_nbytes=100,
+    num_moe_layers=10,
+    num_experts=16,
+    experts_per_token=2,
+    expert_nbytes=90,
+    slot_nbytes=100,
+)
+MACHINE = Machine(ram_available=20_000, ram_bw=28_000.0, disk_bw=1800.0)
+ACTIVE = 10 * 2 * 90
+
+
+def test_ram_only_by_hand() -> None:
+    plan = make_plan(MODEL, MACHINE, ram_nbytes=1600 + 40 * 100 + 99)
+    assert (plan.host_slots, plan.host_arena_nbytes) == (40, 4000)
+    assert (plan.ram_nbytes, plan.ram_free) == (5600, 99)
+    assert plan.host_resident_share == plan.hit_rate_assumed == plan.resident_share == 0.25
+    assert plan.disk_nbytes == 120 * 90
+    assert plan.ram_nbytes_per_token == 1000 + ACTIVE
+    assert plan.disk_nbytes_per_token == ACTIVE * 3 // 4
+    # 2800 bytes at 28000/s and 1350 at 1800/s
+    assert plan.predicted_tok_s == pytest.approx(1 / (0.1 + 0.75))
+    assert plan.bottleneck == "disk"
+    assert plan.placement == "lru"
+    vram = (plan.vram_budget, plan.device_slots, plan.device_pool_nbytes, plan.vram_nbytes)
+    assert vram == (0, 0, 0, 0)
+    assert plan.link_nbytes_per_token == plan.vram_nbytes_per_token == 0
+
+
+def test_everything_fits() -> None:
+    plan = make_plan(MODEL, MACHINE, ram_nbytes=10**6)
+    assert plan.host_slots == 160
+    assert plan.all_resident
+    assert (plan.disk_nbytes, plan.disk_nbytes_per_token) == (0, 0)
+    assert plan.ram_nbytes == 1600 + 16_000
+    assert plan.predicted_tok_s == pytest.approx(10.0)
+    assert plan.bottleneck == "ram"
+
+
+def test_default_budget_is_four_fifths_of_what_is_available() -> None:
+    plan = make_plan(MODEL, MACHINE)
+    assert plan.ram_budget == 16_000
+    assert plan.host_slots == 144
+    with pytest.raises(OffloadError, match="cannot tell how much memory") as caught:
+        make_plan(MODEL, Machine())
+    assert caught.value.hint == "say it with `--ram`"
+
+
+@pytest.mark.parametrize(
+    ("machine", "budget", "predicted"),
+    [
+        (Machine(), 3000, False),
+        (Machine(ram_bw=1.0), 3000, False),
+        (Machine(disk_bw=1.0), 3000, False),
+        (Machine(ram_bw=1.0, disk_bw=1.0), 3000, True),
+        (Machine(ram_bw=1.0), 10**6, True),  # nothing to read from disk
+    ],
+)
+def test_no_prediction_without_the_bandwidths_it_needs(
+    machine: Machine, budget: int, predicted: bool
+) -> None:
+    plan = make_plan(MODEL, machine, ram_nbytes=budget)
+    assert (plan.predicted_tok_s is not None) is predicted
+    assert (plan.bottleneck is not None) is predicted
+
+
+def test_the_least_budget_is_exact_and_the_error_says_it() -> None:
+    least = 1600 + 2 * 100
+    assert make_plan(MODEL, MACHINE, ram_nbytes=least).host_slots == 2
+    with pytest.raises(OffloadError) as caught:
+        make_plan(MODEL, MACHINE, ram_nbytes=least - 1)
+    assert "1.76KiB of RAM" in caught.value.message
+    assert "needs 1.76KiB (1.56KiB that must be there, 200B for 2 experts)" in caught.value.message
+    assert caught.value.hint is not None
+    assert "`--ram 1.76KiB` or more" in caught.value.hint
+
+
+def test_sizes_in_hints_are_rounded_up() -> None:
+    model = replace(MODEL, dense_nbytes=(5 << 30) + 1)
+    with pytest.raises(OffloadError) as caught:
+        make_plan(model, MACHINE, ram_nbytes=1 << 30)
+    assert "1GiB of RAM" in caught.value.message
+    assert caught.value.hint is not None
+    assert "5.01GiB" in caught.value.hint
+
+
+def test_device_holds_dense_and_kv_first_then_slots() -> None:
+    machine = replace(MACHINE, link_bw=900.0, vram_bw=2800.0)
+    plan = make_plan(MODEL, machine, ram_nbytes=300 + 120 * 100, vram_nbytes=1300 + 80 * 100 + 50)
+    assert (plan.device_slots, plan.host_slots) == (80, 120)
+    assert (plan.vram_nbytes, plan.vram_free) == (9300, 50)
+    assert plan.ram_nbytes == 300 + 12_000  # only the embedding besides experts
+    assert plan.hit_rate_assumed == plan.device_resident_share == 0.5
+    assert plan.disk_nbytes == 40 * 90  # copies in both do not add up
+    assert plan.link_nbytes_per_token == ACTIVE // 2
+    assert plan.disk_nbytes_per_token == ACTIVE // 4
+    assert plan.ram_nbytes_per_token == 0
+    assert plan.vram_nbytes_per_token == 2800
+    assert plan.predicted_tok_s == pytest.approx(1 / (1 + 900 / 900 + 450 / 1800))
+    assert plan.bottleneck in ("vram", "link")
+
+
+def test_a_device_that_holds_all_needs_main_memory_only_to_pass_through() -> None:
+    machine = Machine(vram_bw=2800.0)
+    plan = make_plan(MODEL, machine, ram_nbytes=10**6, vram_nbytes=10**6)
+    assert (plan.device_slots, plan.host_slots) == (160, 2)
+    assert plan.all_resident
+    assert plan.predicted_tok_s == pytest.approx(1.0)
+
+
+def test_too_little_vram_says_so() -> None:
+    with pytest.raises(OffloadError, match="of VRAM are too little") as caught:
+        make_plan(MODEL, MACHINE, vram_nbytes=1300 + 199)
+    assert "--vram" in (caught.value.hint or "")
+
+
+def test_use_beyond_what_is_available_is_told() -> None:
+    plan = make_plan(MODEL, replace(MACHINE, ram_available=5000), ram_nbytes=5600)
+    assert plan.ram_short == 600
+    assert make_plan(MODEL, MACHINE, ram_nbytes=5600).ram_short == 0
+    assert make_plan(MODEL, Machine(), ram_nbytes=5600).ram_short == 0
+
+
+def test_to_dict_holds_fields_and_derived_numbers() -> None:
+    plan = make_plan(MODEL, MACHINE, ram_nbytes=5600)
+    data = plan.to_dict()
+    for name, value in data.items():
+        assert getattr(plan, name) == value
+    assert set(MemoryPlan.__dataclass_fields__) < set(data)
+    assert data["host_arena_nbytes"] == 4000
+
+
+@pytest.mark.parametrize("budget", [1401 + 200, 2000, 5000])
+def test_largest_context_is_the_last_that_fits(budget: int) -> None:
+    def kv_nbytes(ctx: int) -> int:
+        return 3 * min(ctx, 50) + ctx
+
+    best = largest_context(MODEL, MACHINE, kv_nbytes, 10_000, ram_nbytes=budget)
+    fitting = [ctx for ctx in range(1, 10_001) if 1400 + kv_nbytes(ctx) + 200 <= budget]
+    assert best == (fitting[-1] if fitting else None)
+
+
+def test_largest_context_is_capped_by_the_model() -> None:
+    assert largest_context(MODEL, MACHINE, lambda ctx: ctx, 77, ram_nbytes=10**6) == 77
