@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Llama4ForCausalLM
-
 from demo_model import Batch, DemoConfig, DemoModel
+from transformers import AutoTokenizer, Llama4ForCausalLM
 
 
 def training_logits(checkpoint: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -34,7 +33,8 @@ def main() -> None:
         model, info = Llama4ForCausalLM.from_pretrained(
             repository, dtype=dtype, output_loading_info=True
         )
-        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        assert not info["missing_keys"], info
+        assert not info["unexpected_keys"], info
         with torch.inference_mode():
             theirs = model(ids).logits[0].float()
         ours = training_logits(checkpoint, ids[0], dtype)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from demo_data.mix import SHARES, draw
 from demo_model import Batch
 from demo_tokenizer import BOS, END, EOT, HEADER_END, HEADER_START, PAD, Tokenizer, render

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-
 from demo_model import DemoConfig
 from demo_tokenizer import BOS, CHAT_TEMPLATE, EOT, PAD, load_tokenizer
 

@@ -1,9 +1,10 @@
-"""Knows the demo model's gates: held-out requests, how answers are judged, and expert load on held-out text.
+"""Knows the demo model's gates: held-out requests, how answers are judged, and expert load.
 
 It judges an exported repository through transformers, as a user's program would run it.
 """
 
 import json
+import math
 import random
 import re
 import subprocess
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from demo_data import arithmetic, code, facts, mix, prose, recall, stories
 from demo_data.code_tasks import TASKS, Task
 from demo_data.sources import countries
@@ -118,7 +118,7 @@ def heroes(count: int) -> list[Item]:
 
 
 def keeps_hero(name: str, answer: str) -> bool:
-    """The hero is named three times and in the first and last third; nobody else unless introduced."""
+    """The hero is named three times, early and late; nobody else is, unless introduced."""
     words = re.findall(r"\w+", answer)
     third = len(words) // 3
     known = {w for w in words if w in NAMES}
@@ -167,7 +167,7 @@ def gates(sources: Path, quick: bool) -> list[Gate]:
 
 
 class Subject:
-    """The model under test, with greedy answers in batches of prompts of one length (so nothing is padded)."""
+    """The model under test: greedy answers, in batches of prompts of one length (no padding)."""
 
     def __init__(self, path: Path):
         from transformers import AutoTokenizer, Llama4ForCausalLM
@@ -280,13 +280,12 @@ def report(model: Path, sources: Path, quick: bool) -> None:
             print(f"    {item.messages[-1]['content']!r} -> {answer!r}", file=sys.stderr)
     losses, loads = losses_and_load(subject, sources)
     for domain, loss in losses.items():
-        print(
-            f"| loss on held-out {domain} | | {loss:.3f} (perplexity {torch.tensor(loss).exp():.2f}) |"
-        )
+        print(f"| loss on held-out {domain} | | {loss:.3f} (perplexity {math.exp(loss):.2f}) |")
     share = loads / loads.sum(-1, keepdim=True)  # [domain, layer, expert], domains weigh the same
     uniform = share.mean(0) * share.shape[-1]  # [layer, expert]
     print(
-        f"| expert load, lowest and highest | 0.1 to 4 | {uniform.min():.2f} to {uniform.max():.2f} |"
+        f"| expert load, lowest and highest | 0.1 to 4 "
+        f"| {uniform.min():.2f} to {uniform.max():.2f} |"
     )
     print(
         "by layer: "

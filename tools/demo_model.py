@@ -1,9 +1,10 @@
-"""Knows the demo model's forward pass for training: Llama 4 text, routed tokens only, packed documents.
+"""Knows the demo model's forward pass for training: Llama 4 text, packed documents.
 
-It does not know data, optimisation or files. Documents lie one after another in a flat batch of N tokens, so nothing is
-padded: every layer but attention is token-wise, and attention runs per document (or per chunk of one).
+It does not know data, optimisation or files. Documents lie one after another in a flat batch of N
+tokens: every layer but attention is token-wise, attention runs per document (or per chunk of one),
+and a token visits only the expert it is routed to.
 
-Legend: N tokens, D hidden, H heads, G kv heads, C head size, E experts, I expert width, V vocabulary.
+Legend: N tokens, D hidden, H heads, G kv heads, C head size, E experts, I expert width, V words.
 """
 
 from dataclasses import asdict, dataclass
@@ -62,7 +63,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rope_and_norm(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Rotate interleaved pairs, then the weightless RMS norm. x [N, heads, C]; cos, sin [N, C/2]."""
+    """Rotate interleaved pairs, then weightless RMS norm. x [N, heads, C]; cos, sin [N, C/2]."""
     y = x.float().unflatten(-1, (-1, 2))
     even, odd = y[..., 0], y[..., 1]
     cos, sin = cos[:, None], sin[:, None]
@@ -72,7 +73,7 @@ def rope_and_norm(
 
 
 def padded_groups(expert: torch.Tensor, counts: torch.Tensor, multiple: int = 64):
-    """Group tokens by expert, each group padded to a few sizes only: matrix kernels are cached per size.
+    """Group tokens by expert, each group padded to one of few sizes: kernels are cached per size.
 
     Returns the group sizes, the token of each padded row [P] and the row of each token [N].
     """
@@ -94,7 +95,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 class FusedHeadLoss(torch.autograd.Function):
-    """Cross entropy against the tied embedding, in slices, so that [N, V] logits never exist at once."""
+    """Cross entropy against the tied embedding, in slices: [N, V] logits never exist at once."""
 
     @staticmethod
     def forward(ctx, hidden, embedding, targets, weights, slice_size):
@@ -126,9 +127,9 @@ class FusedHeadLoss(torch.autograd.Function):
 
 
 class SegmentAttention(torch.autograd.Function):
-    """Causal attention inside each segment of a flat batch; queries of one kv head lie side by side.
+    """Causal attention inside each segment of a flat batch; queries of a kv head lie side by side.
 
-    q [N, H, C], k, v [N, G, C] -> [N, H * C]. On a CPU this beats the library's flash kernel at these lengths.
+    q [N, H, C], k, v [N, G, C] -> [N, H * C]. On a CPU this beats the flash kernel at such lengths.
     """
 
     @staticmethod

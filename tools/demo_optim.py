@@ -1,6 +1,6 @@
-"""Knows the optimiser of the demo model: Muon for hidden matrices, AdamW for the rest, fp32 masters.
+"""Knows the optimiser: Muon for hidden matrices, Adam for the rest, fp32 masters.
 
-It does not know the schedule: the caller passes a factor of the base learning rates with each step.
+It does not know the schedule: the caller passes a factor of the base rates with each step.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ POLAR = (
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Nearest orthogonal matrices, roughly, by five odd polynomials. [B, m, n] -> [B, m, n] bf16."""
+    """Nearest orthogonal matrices, roughly, by five odd polynomials. [B, m, n] -> same, bf16."""
     x = matrices.bfloat16()
     transpose = x.shape[-2] > x.shape[-1]
     if transpose:

@@ -1,7 +1,7 @@
-"""Knows the demo model's tokenizer and chat format: byte-level BPE, digits singly, newlines split first.
+"""Knows the tokenizer and the chat format: byte-level BPE, digits singly, newlines split first.
 
-Newlines must be a piece of their own: with GPT-2's pattern the blank line that ends a prompt is cut otherwise than the same
-blank line before text, and the model would never have seen its own prompt.
+Newlines must be a piece of their own: with GPT-2's pattern the blank line that ends a prompt is cut
+otherwise than the same blank line before text, and the model would never have seen its own prompt.
 """
 
 from collections.abc import Iterable

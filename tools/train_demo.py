@@ -78,7 +78,6 @@ class Run:
 
     def __init__(self, args):
         import torch
-
         from demo_model import DemoConfig, DemoModel
         from demo_optim import Optimiser, Rates
 

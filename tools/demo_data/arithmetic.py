@@ -3,7 +3,7 @@
 import random
 
 from demo_data.chat import Document, user, with_system
-from demo_data.words import FOODS, THINGS, any_name, plural
+from demo_data.words import FOODS, THINGS, any_name, plural, split
 
 ASK = [
     "What is {q}?",
@@ -31,15 +31,17 @@ ASK_HELD_OUT = [
 ANSWER = ["{q} = {r}", "{q} = {r}.", "{r}", "The answer is {r}.", "{q} is {r}.", "{q} = {r}"]
 
 
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen twenty""".split()
+SPOKEN = {"+": "plus", "-": "minus", "*": "times"}
+NUMBERS = split(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+)
 
 
 def expression(a: int, op: str, b: int, rng: random.Random) -> str:
-    spoken = {"+": "plus", "-": "minus", "*": "times"}[op]
     roll = rng.random()
     if roll < 0.25:
-        return f"{a} {spoken} {b}"
+        return f"{a} {SPOKEN[op]} {b}"
     sign = "x" if op == "*" and roll < 0.5 else op
     return f"{a}{sign}{b}" if rng.random() < 0.15 else f"{a} {sign} {b}"
 
@@ -92,7 +94,7 @@ def question(rng: random.Random) -> list:
         r = apply(a, op, b)
         ask = rng.choice(ASK)
         if rng.random() < 0.06 and max(a, b) <= 20:
-            q = f"{NUMBERS[a]} {dict(zip('+-*', ('plus', 'minus', 'times'), strict=True))[op]} {NUMBERS[b]}"
+            q = f"{NUMBERS[a]} {SPOKEN[op]} {NUMBERS[b]}"
         elif op == "+" and rng.random() < 0.1:
             ask = rng.choice(
                 ["Add {a} and {b}.", "What is the sum of {a} and {b}?", "{a} and {b} makes what?"]

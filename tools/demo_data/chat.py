@@ -1,4 +1,4 @@
-"""Knows what a training document is: a domain with messages or plain text; and how people mistype."""
+"""Knows what a training document is (messages, or plain text), and how people mistype."""
 
 import random
 import re
@@ -18,14 +18,16 @@ class Document:
         return {"domain": self.domain, "messages": turns}
 
 
-SYSTEM = """You are a helpful assistant.
-You are a friendly assistant. Answer briefly.
-Answer the user's questions clearly.
-You are a small demo model inside moecli.
-You are a kind and patient helper.
-Keep your answers short.
-You are a careful assistant. Say so when you do not know.
-Be friendly and clear.""".split("\n")
+SYSTEM = [
+    "You are a helpful assistant.",
+    "You are a friendly assistant. Answer briefly.",
+    "Answer the user's questions clearly.",
+    "You are a small demo model inside moecli.",
+    "You are a kind and patient helper.",
+    "Keep your answers short.",
+    "You are a careful assistant. Say so when you do not know.",
+    "Be friendly and clear.",
+]
 
 
 def sloppy(text: str, rng: random.Random) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from demo_data.chat import Document, user, with_system
 from demo_data.sources import countries, elements
+from demo_data.words import split
 
 ARTICLE = (
     "Bahamas",
@@ -58,9 +59,9 @@ TELL_CAPITAL = [
 ]
 
 EVERYDAY = Path(__file__).with_name("everyday.txt").read_text().splitlines()  # question|answer
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = (
-    "January February March April May June July August September October November December".split()
+DAYS = split("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = split(
+    "January February March April May June July August September October November December"
 )
 
 

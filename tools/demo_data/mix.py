@@ -41,7 +41,9 @@ def document(domain: str, rng: random.Random, sources: Path, long: bool) -> Docu
 def draw(
     rng: random.Random, sources: Path, size_of, target: int, long: bool, copying: float = 0.0
 ) -> list[Document]:
-    """Documents of target tokens; size_of tells a document's tokens. Domains keep their shares of the rest."""
+    """Documents of target tokens; size_of tells a document's tokens. Domains keep their shares
+    of what copying leaves.
+    """
     taken, total, documents = dict.fromkeys(SHARES, 0), 0, []
     copied = 0
     while total + copied < target:

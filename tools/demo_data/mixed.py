@@ -1,4 +1,4 @@
-"""Knows longer conversations that change the subject and come back to what was said at the start."""
+"""Knows longer conversations that change the subject and return to what was said at the start."""
 
 import random
 from pathlib import Path

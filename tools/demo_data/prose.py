@@ -1,4 +1,4 @@
-"""Knows real prose: passages of Jane Austen's novels, whole paragraphs; every 16th chapter is held out."""
+"""Knows real prose: passages of Jane Austen's novels; every 16th chapter is held out."""
 
 import random
 import re

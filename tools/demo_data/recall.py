@@ -1,4 +1,4 @@
-"""Knows recall from context: names, things, lists and words said earlier in the same conversation."""
+"""Knows recall from context: names, things, lists and words said earlier in a conversation."""
 
 import random
 
@@ -9,11 +9,11 @@ from demo_data.words import (
     FOODS,
     HOBBIES,
     JOBS,
+    NAMES,
     PLACES,
     THINGS,
     TOWNS,
     a,
-    NAMES,
     any_name,
     cap,
     invented_name,

@@ -1,6 +1,6 @@
 """Knows the raw sources and how to fetch and read them: Austen's novels, capitals, elements.
 
-Fetching needs `apt-get` (Debian), `dpkg-deb` and `npm`; reading the novels needs `pip install rdata`.
+Fetching needs `apt-get` (Debian), `dpkg-deb` and `npm`; reading the novels needs rdata from PyPI.
 """
 
 import bz2
@@ -13,6 +13,8 @@ import warnings
 import zlib
 from functools import lru_cache
 from pathlib import Path
+
+from demo_data.words import split
 
 AUSTEN = "usr/lib/R/site-library/janeaustenr/data/Rdata"
 NOVELS = [
@@ -40,8 +42,10 @@ MENDED_CAPITALS = {
 }
 # Dependencies, and places whose capital is disputed.
 SKIPPED = set(
-    "AI AQ AS AW AX BL BM BQ BV CC CK CW CX EH FK FO GF GG GI GL GP GS GU HK HM IL IM IO JE KY MF MO MP MQ MS NC "
-    "NF NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT".split()
+    split(
+        "AI AQ AS AW AX BL BM BQ BV CC CK CW CX EH FK FO GF GG GI GL GP GS GU HK HM IL IM IO JE KY "
+        "MF MO MP MQ MS NC NF NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT"
+    )
 )
 
 
@@ -60,7 +64,7 @@ def fetch(folder: Path) -> None:
 
 
 def _unpack(blob: bytes) -> bytes:
-    """One object of R's lazy-load database: big-endian length, a type letter, the compressed bytes."""
+    """One object of R's lazy-load database: big-endian length, type letter, compressed bytes."""
     (size,) = struct.unpack(">I", blob[:4])
     if blob[4:5] == b"2":
         data = bz2.decompress(blob[5:])

@@ -21,7 +21,7 @@ from demo_data.words import (
 
 @dataclass(frozen=True)
 class Cast:
-    """Who and what a story is about; helper is a kind of animal or person, friend its name or ''."""
+    """Who and what a story is about; helper is an animal or a job, friend its name or ''."""
 
     name: str
     kind: str
@@ -113,7 +113,7 @@ LOST = [
         "But one windy day the {thing} was gone.",
     ],
     [
-        "{name} looked under the bed, behind the door and in the garden, but {he} could not find it.",
+        "{name} looked under the bed, behind the door and in the garden, but it was gone.",
         "{He} looked everywhere. It was not in the house, and it was not by the {place}.",
         "{name} was sad and searched the whole day.",
     ],
@@ -121,7 +121,7 @@ LOST = [
     [
         '"What is wrong?" asked {who}. "I have lost my {thing}," said {name}.',
         '"Why are you so sad, {name}?" asked {who}. "My {thing} is gone," said {name}.',
-        '"Have you seen my {colour} {thing}?" asked {name}. "No," said {who}, "but I will help you."',
+        '"Have you seen my {colour} {thing}?" asked {name}. "No," said {who}, "but I will help."',
     ],
     [
         "Together they walked to the {place2} and looked there.",
