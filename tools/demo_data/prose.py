@@ -55,4 +55,4 @@ def make(rng: random.Random, folder: Path, long: bool) -> Document:
 
 def held_out(folder: Path, rng: random.Random, count: int) -> list[Document]:
     pool = chapters(folder)[1]
-    return [Document("prose", text=passage(pool, rng, 1500)) for _ in range(count)]
+    return [Document("prose", text=passage(pool, rng, 1000)) for _ in range(count)]
