@@ -74,6 +74,11 @@ class ExpertManager:
         self._ahead_reads = self._ahead_dropped = self._ahead_failed = 0
 
     @property
+    def keep(self) -> bool:
+        """Whether experts stay after the request that brought them."""
+        return self._keep
+
+    @property
     def capacity(self) -> int:
         """How many experts one `ensure` can hold at once: the slots of the top tier."""
         return self._top.capacity

@@ -3,6 +3,8 @@
 Legend of the shapes: T tokens of all sequences end to end, S sequences, H hidden, V vocabulary.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +74,9 @@ class Decoder:
         self.layers = [
             DecoderLayer(spec, layer, weights, experts, dtype) for layer in range(spec.num_layers)
         ]
+        blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeBlock)]
+        for block, following in pairwise(blocks):
+            block.next = following
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

@@ -83,9 +83,7 @@ def test_file_that_is_no_safetensors(
     assert_refused(moecli("quantize", source, "-o", tmp_path / "out"), SHARD)
 
 
-@pytest.mark.parametrize(
-    "offsets", [[0, 64], [-8, 0], [1 << 62, (1 << 62) + 64], [64, 0]], ids=str
-)
+@pytest.mark.parametrize("offsets", [[0, 64], [-8, 0], [1 << 62, (1 << 62) + 64], [64, 0]], ids=str)
 def test_absurd_offsets(moecli: Command, source: Path, tmp_path: Path, offsets: list[int]) -> None:
     damage_header(source, lambda h: h["lm_head.weight"].update(data_offsets=offsets))
     assert_refused(moecli("quantize", source, "-o", tmp_path / "out"), SHARD)

@@ -70,14 +70,16 @@ def test_logits_are_bitwise_the_same_wherever_experts_lie(model: Path, kernels: 
     assert torch.equal(everything, nothing)
 
 
-def test_an_expert_in_the_wrong_slot_shows(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_in_the_wrong_slot_shows(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The check above has teeth: swapping two experts' addresses changes the answer."""
     from offload.manager import ExpertManager
 
     right = greedy(quantized, EngineConfig(ctx=256))
     ensure = ExpertManager.ensure
 
-    def swapped(self: ExpertManager, layer: int, experts: list[int]):  # noqa: ANN202
+    def swapped(self: ExpertManager, layer: int, experts: list[int]):
         lease = ensure(self, layer, experts)
         places = list(lease.addresses.values())
         lease.addresses = dict(zip(lease.addresses, places[1:] + places[:1], strict=True))
