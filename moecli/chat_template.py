@@ -6,6 +6,7 @@ only. The environment offers what transformers' does.
 
 import datetime
 import json
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -15,6 +16,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from moecli.errors import MoecliError
+
+_RAW_HINT = "`moecli run --raw` takes the prompt as it is"
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -53,10 +56,14 @@ def _strftime_now(pattern: str) -> str:
 
 
 class ChatTemplate:
-    """A compiled chat template and the special tokens it may name."""
+    """A chat template and the special tokens it may name."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        """Raises MoecliError if `source` is no template."""
+        self.source = source
+        self.special_tokens = special_tokens
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -65,11 +72,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        self.special_tokens = special_tokens
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise MoecliError(f"the model's chat template cannot be read: {error}") from error
+        return environment.from_string(self.source)
 
     def render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, **variables: Any
@@ -84,8 +87,11 @@ class ChatTemplate:
                 **self.special_tokens,
                 **variables,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise MoecliError(
+                f"the model's chat template cannot be read: {error}", _RAW_HINT
+            ) from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise MoecliError(
-                f"the model's chat template refuses this conversation: {error}",
-                "`moecli run --raw` takes the prompt as it is",
+                f"the model's chat template refuses this conversation: {error}", _RAW_HINT
             ) from error

@@ -14,6 +14,7 @@ from moecli.chat_template import ChatTemplate
 from moecli.errors import MoecliError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_DAMAGED_HINT = "download the file again"
 _REPLACEMENT = "\ufffd"
 _UNFINISHED = 3  # bytes, hence at most tokens, of a character that still lacks its last byte
 _LONGEST_WINDOW = 64  # tokens decoded again for each new one, inside long runs that are no text
@@ -47,7 +48,7 @@ class Tokenizer:
         try:
             backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise MoecliError(f"`{path}` cannot be read: {error}") from error
+            raise MoecliError(f"`{path}` cannot be read: {error}", _DAMAGED_HINT) from error
         config = _read_json(directory / "tokenizer_config.json")
         special = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
         source = _template_source(directory, config)
@@ -141,9 +142,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MoecliError(f"`{path}` cannot be read: {error}") from error
+        raise MoecliError(f"`{path}` cannot be read: {error}", _DAMAGED_HINT) from error
     if not isinstance(value, dict):
-        raise MoecliError(f"`{path}` holds no JSON object")
+        raise MoecliError(f"`{path}` holds no JSON object", _DAMAGED_HINT)
     return value
 
 
@@ -165,7 +166,7 @@ def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise MoecliError(f"`{path}` cannot be read: {error}") from error
+            raise MoecliError(f"`{path}` cannot be read: {error}", _DAMAGED_HINT) from error
     value = config.get("chat_template")
     if value is None:
         value = _read_json(directory / "chat_template.json").get("chat_template")

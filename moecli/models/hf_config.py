@@ -14,7 +14,8 @@ from moecli.models.config import (
     TemperatureSpec,
 )
 
-_SUPPORTED_HINT = "supported: Llama 4 (Scout, Maverick and their like) and Qwen3-MoE"
+_SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like) and qwen3_moe"
+_CONFIG_HINT = "download config.json again, or compare it with the one the model was released with"
 _MISSING: Any = object()
 
 
@@ -29,19 +30,22 @@ class _Fields:
         value = self.values.get(key)
         if value is None:
             if default is _MISSING:
-                raise MoecliError(f"`{key}` is missing from {self.where}")
+                raise MoecliError(f"`{key}` is missing from {self.where}", _CONFIG_HINT)
             return default
         fits = isinstance(value, (int, float)) if kind in (int, float) else isinstance(value, kind)
         if not fits or (kind is int and (isinstance(value, bool) or value != int(value))):
             raise MoecliError(
-                f"`{key}` in {self.where} should be of type {kind.__name__}, not {value!r}"
+                f"`{key}` in {self.where} should be of type {kind.__name__}, not {value!r}",
+                _CONFIG_HINT,
             )
         return kind(value)
 
     def size(self, key: str, default: Any = _MISSING) -> int:
         value = self.get(key, int, default)
         if value < 1:
-            raise MoecliError(f"`{key}` in {self.where} must be at least 1, not {value}")
+            raise MoecliError(
+                f"`{key}` in {self.where} must be at least 1, not {value}", _CONFIG_HINT
+            )
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -63,8 +67,9 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
                 f"`{architecture}` is a dense model: it has no experts to quantize or to offload",
                 _SUPPORTED_HINT,
             )
+        kind = config.get("model_type", "no model_type")
         raise MoecliError(
-            f"moecli does not know the architecture `{architecture}`", _SUPPORTED_HINT
+            f"moecli does not know the architecture `{architecture}` ({kind})", _SUPPORTED_HINT
         )
     spec = reader(architecture, _Fields(config))
     _check(spec)
@@ -77,7 +82,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
         return names[0]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise MoecliError("config.json names neither `architectures` nor `model_type`")
+        raise MoecliError(
+            "config.json names neither `architectures` nor `model_type`", _CONFIG_HINT
+        )
     return _BY_MODEL_TYPE.get(model_type, model_type)
 
 
@@ -100,15 +107,19 @@ def _check(spec: ModelSpec) -> None:
     if spec.num_heads % spec.num_kv_heads:
         raise MoecliError(
             f"`num_attention_heads` ({spec.num_heads}) in config.json is no multiple of "
-            f"`num_key_value_heads` ({spec.num_kv_heads})"
+            f"`num_key_value_heads` ({spec.num_kv_heads})",
+            _CONFIG_HINT,
         )
     if spec.experts_per_token > spec.num_experts:
         raise MoecliError(
             f"`num_experts_per_tok` ({spec.experts_per_token}) in config.json exceeds the number "
-            f"of experts ({spec.num_experts})"
+            f"of experts ({spec.num_experts})",
+            _CONFIG_HINT,
         )
     if spec.head_dim % 2:
-        raise MoecliError(f"`head_dim` in config.json must be even, not {spec.head_dim}")
+        raise MoecliError(
+            f"`head_dim` in config.json must be even, not {spec.head_dim}", _CONFIG_HINT
+        )
 
 
 def _rope(fields: _Fields, kind: RopeKind) -> RopeSpec:
@@ -201,7 +212,8 @@ def _llama4_layers(fields: _Fields, count: int) -> tuple[LayerSpec, ...]:
     for key, values in (("no_rope_layers", rope), ("layer_types", kinds)):
         if len(values) < count:
             raise MoecliError(
-                f"`{key}` in {fields.where} has {len(values)} entries for {count} layers"
+                f"`{key}` in {fields.where} has {len(values)} entries for {count} layers",
+                _CONFIG_HINT,
             )
     step = fields.size("interleave_moe_layer_step", 1)
     moe = fields.get("moe_layers", list, list(range(step - 1, count, step)))
@@ -215,7 +227,10 @@ def _attention_kind(fields: _Fields, name: Any) -> AttentionKind:
         return "full"
     if name == "chunked_attention":
         return "chunked"
-    raise MoecliError(f"layer type `{name}` in {fields.where} is not supported")
+    raise MoecliError(
+        f"layer type `{name}` in {fields.where} is not supported",
+        "supported: `full_attention`, `chunked_attention`",
+    )
 
 
 def _vision_params(top: _Fields, text_hidden: int) -> int:
@@ -238,7 +253,10 @@ def _vision_params(top: _Fields, text_hidden: int) -> int:
 
 def _qwen3_moe(architecture: str, fields: _Fields) -> ModelSpec:
     if fields.flag("use_sliding_window", False):
-        raise MoecliError("`use_sliding_window` in config.json is not supported")
+        raise MoecliError(
+            "moecli does not know the sliding window that `use_sliding_window` asks for",
+            "no released Qwen3-MoE uses it",
+        )
     count, common = fields.size("num_hidden_layers"), _common(fields)
     step = fields.size("decoder_sparse_step", 1)
     dense = fields.get("mlp_only_layers", list, [])

@@ -4,10 +4,17 @@ import functools
 
 import pytest
 import torch
-from tiny_models import decoder_of, expected_logits, logits_in_steps, oracle, spec_of, tokens
 
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch, SequenceSlice
+from tests.models.tiny_models import (
+    decoder_of,
+    expected_logits,
+    logits_in_steps,
+    oracle,
+    spec_of,
+    tokens,
+)
 
 TOLERANCE = 1e-5
 LENGTH = 45  # five chunks of 8 and a rest

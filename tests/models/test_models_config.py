@@ -1,0 +1,277 @@
+"""ModelSpec from config.json: released models, both ways of storing RoPE, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from moecli.errors import MoecliError
+from moecli.models.attention import inverse_frequencies
+from moecli.models.config import LayerSpec, ModelSpec, RopeScaling, RopeSpec, TemperatureSpec
+from tests.models.tiny_models import oracle
+
+SCOUT_TEXT = {
+    "attention_bias": False,
+    "attention_chunk_size": 8192,
+    "attn_scale": 0.1,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8192,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "interleave_moe_layer_step": 1,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "max_position_embeddings": 10485760,
+    "model_type": "llama4_text",
+    "no_rope_layers": [],
+    "num_attention_heads": 40,
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0,
+        "high_freq_factor": 1.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "use_qk_norm": True,
+    "vocab_size": 202048,
+}
+SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "tie_word_embeddings": False,
+    "text_config": SCOUT_TEXT,
+    "vision_config": {
+        "hidden_size": 1408,
+        "image_size": 336,
+        "intermediate_size": 5632,
+        "model_type": "llama4_vision_model",
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "num_hidden_layers": 34,
+        "patch_size": 14,
+        "pixel_shuffle_ratio": 0.5,
+        "projector_input_dim": 4096,
+        "projector_output_dim": 4096,
+        "vision_output_dim": 4096,
+    },
+}
+MAVERICK_TEXT = {
+    key: value
+    for key, value in SCOUT_TEXT.items()
+    if key not in ("attn_temperature_tuning", "attn_scale", "floor_scale", "rope_scaling")
+} | {
+    "interleave_moe_layer_step": 2,
+    "max_position_embeddings": 1048576,
+    "num_local_experts": 128,
+    "rope_scaling": None,
+    "use_qk_norm": False,
+}
+MAVERICK = SCOUT | {"text_config": MAVERICK_TEXT}
+QWEN3 = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3}
+
+
+def changed(config, **changes):
+    """The config with keys of its text part replaced, or removed where None is given."""
+    part = config.get("text_config", config) | changes
+    part = {key: value for key, value in part.items() if value is not None}
+    return config | {"text_config": part} if "text_config" in config else part
+
+
+def test_scout():
+    spec = ModelSpec.from_hf(SCOUT)
+    assert spec.num_params == 108_641_793_536, "the published count, vision tower included"
+    assert spec.num_vision_params == 871_932_416
+    assert spec.num_text_params == spec.num_params - 871_932_416
+    assert round(spec.num_active_params / 1e9) == 17
+    assert spec.expert_numel == 125_829_120
+    assert spec.moe_layers == tuple(range(48))
+    assert spec.layers[2] == LayerSpec("chunked", rope=True, moe=True)
+    assert spec.layers[3] == LayerSpec("full", rope=False, moe=True)
+    assert sum(layer.rope for layer in spec.layers) == 36
+    assert spec.rope == RopeSpec("interleaved", 500000.0, RopeScaling(16.0, 1.0, 1.0, 8192))
+    assert spec.temperature == TemperatureSpec(8192, 0.1)
+    assert spec.qk_norm == "weightless_after_rope"
+    assert spec.weight_on_input
+    assert spec.max_context == 10485760
+
+
+def test_maverick():
+    spec = ModelSpec.from_hf(MAVERICK)
+    assert spec.num_params == 401_583_781_376
+    assert round(spec.num_active_params / 1e9) == 17
+    assert spec.moe_layers == tuple(range(1, 48, 2))
+    assert spec.dense_intermediate_size == 16384
+    assert spec.qk_norm == "none"
+    assert spec.rope.scaling is None
+    assert spec.temperature == TemperatureSpec(8192, 0.1), "on when the key is absent"
+
+
+def test_qwen3_30b_a3b():
+    spec = ModelSpec.from_hf(QWEN3)
+    assert spec.num_params == spec.num_text_params == 30_532_122_624
+    assert round(spec.num_active_params / 1e8) == 34
+    assert spec.normalize_topk
+    assert not spec.weight_on_input
+    assert spec.rope == RopeSpec("half", 1000000.0)
+    assert set(spec.layers) == {LayerSpec("full", rope=True, moe=True)}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_parameters_equal_transformers_on_the_meta_device(name):
+    import transformers
+
+    config = json.loads(json.dumps(RELEASED[name]))
+    kind = getattr(transformers, config["architectures"][0])
+    for part in filter(None, [config.get("text_config"), config.get("vision_config"), config]):
+        if "num_hidden_layers" in part:
+            part["num_hidden_layers"] = 4
+    with torch.device("meta"):
+        model = kind(kind.config_class(**json.loads(json.dumps(config))))
+    assert ModelSpec.from_hf(config).num_params == sum(p.numel() for p in model.parameters())
+
+
+def test_kv_cache_of_scout():
+    """Bytes a token and layer are 4096; chunked layers never hold more than 8192 tokens."""
+    spec = ModelSpec.from_hf(SCOUT)
+    gib = 2**30
+    assert spec.kv_nbytes(8192, 2) == 1.5 * gib
+    assert spec.kv_nbytes(128 << 10, 2) == (6 + 1.125) * gib
+    assert spec.kv_nbytes(1 << 20, 2) == (48 + 1.125) * gib
+    assert spec.kv_nbytes(1 << 20, 4) == 2 * spec.kv_nbytes(1 << 20, 2)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_new_and_old_ways_to_store_rope_agree(name):
+    """transformers 5 writes rope_parameters, and counts of experts under another name."""
+    import transformers
+
+    config = json.loads(json.dumps(RELEASED[name]))
+    kind = getattr(transformers, config["architectures"][0])
+    saved = json.loads(kind.config_class(**config).to_json_string(use_diff=False))
+    saved_text = saved.get("text_config", saved)
+    assert "rope_parameters" in saved_text
+    assert "rope_theta" not in saved_text
+    saved["architectures"] = RELEASED[name]["architectures"]
+    assert ModelSpec.from_hf(saved) == ModelSpec.from_hf(RELEASED[name])
+
+
+def test_text_only_llama4_and_model_type_alone():
+    text = ModelSpec.from_hf(SCOUT_TEXT | {"architectures": ["Llama4ForCausalLM"]})
+    assert text.num_params == ModelSpec.from_hf(SCOUT).num_text_params
+    assert ModelSpec.from_hf(SCOUT_TEXT) == text
+    assert ModelSpec.from_hf({k: v for k, v in QWEN3.items() if k != "architectures"}).num_layers
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (1.0, 4.0), (2.0, 2.0)])
+def test_scaled_frequencies(factors):
+    """The blend is 0/0 where low equals high; wavelengths beyond the border are divided."""
+    low, high = factors
+    head_dim, context = 128, 2 * torch.pi * 1024  # so that a pair turns exactly `low` times
+    plain = inverse_frequencies(RopeSpec("half", 500000.0), head_dim)
+    found = inverse_frequencies(
+        RopeSpec("half", 500000.0, RopeScaling(16.0, low, high, context)), head_dim
+    )
+    assert torch.isfinite(found).all()
+    turns = plain * 1024
+    torch.testing.assert_close(found[turns < low], plain[turns < low] / 16)
+    torch.testing.assert_close(found[turns >= high], plain[turns >= high])
+    between = (turns >= low) & (turns < high)
+    assert (found[between] <= plain[between]).all()
+
+
+REFUSED = {
+    "no architecture": ({}, "architectures"),
+    "dense": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "dense"),
+    "unknown": (
+        {"architectures": ["ZorpForCausalLM"], "model_type": "zorp", "num_experts": 8},
+        "ZorpForCausalLM` .zorp",
+    ),
+    "hidden_size missing": (changed(SCOUT, hidden_size=None), "`hidden_size` is missing"),
+    "experts missing": (changed(QWEN3, num_experts=None), "expert"),
+    "theta missing": (changed(QWEN3, rope_theta=None), "`rope_theta` is missing"),
+    "chunk missing": (changed(SCOUT, attention_chunk_size=None), "`attention_chunk_size`"),
+    "dense size missing": (
+        changed(MAVERICK, intermediate_size_mlp=None),
+        "`intermediate_size_mlp`",
+    ),
+    "text": (changed(SCOUT, hidden_size="5120"), "`hidden_size`.*should be"),
+    "fraction": (changed(SCOUT, hidden_size=5120.5), "`hidden_size`.*should be"),
+    "zero": (changed(QWEN3, num_hidden_layers=0), "`num_hidden_layers`.*at least 1"),
+    "flag for a size": (changed(QWEN3, vocab_size=True), "`vocab_size`.*should be"),
+    "yarn": (changed(QWEN3, rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    "scaling factor missing": (changed(SCOUT, rope_scaling={"type": "llama3"}), "`factor`"),
+    "activation": (changed(QWEN3, hidden_act="gelu"), "gelu"),
+    "sliding": (changed(QWEN3, use_sliding_window=True), "use_sliding_window"),
+    "short list": (changed(SCOUT, no_rope_layers=[1, 0]), "no_rope_layers.*2 entries"),
+    "layer type": (changed(SCOUT, layer_types=["mamba"] * 48), "mamba"),
+    "head groups": (changed(QWEN3, num_key_value_heads=5), "no multiple"),
+    "too few experts": (changed(QWEN3, num_experts_per_tok=129), "exceeds"),
+    "no layer with experts": (changed(SCOUT, moe_layers=[]), "no layer with experts"),
+    "text_config": (SCOUT | {"text_config": "none"}, "`text_config`"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_hint(name):
+    config, complaint = REFUSED[name]
+    with pytest.raises(MoecliError, match=complaint) as caught:
+        ModelSpec.from_hf(config)
+    assert caught.value.hint
+
+
+def test_a_mixture_under_a_nested_name_is_no_dense_model():
+    config = {"architectures": ["NewMoe"], "text_config": {"n_routed_experts": 64}}
+    with pytest.raises(MoecliError, match="does not know"):
+        ModelSpec.from_hf(config)
+
+
+def test_quantized_checkpoints_have_the_same_spec():
+    assert ModelSpec.from_hf(QWEN3 | {"quantization_config": {}}) == ModelSpec.from_hf(QWEN3)
+
+
+def test_a_flag_may_be_stored_as_a_number():
+    assert ModelSpec.from_hf(changed(SCOUT, attn_temperature_tuning=4)) == ModelSpec.from_hf(SCOUT)
+    assert ModelSpec.from_hf(changed(SCOUT, attn_temperature_tuning=0)).temperature is None
+
+
+def test_tied_embeddings_count_once():
+    model = oracle("qwen3_moe", tie_word_embeddings=True)
+    spec = ModelSpec.from_hf(
+        json.loads(model.config.to_json_string()) | {"architectures": ["Qwen3MoeForCausalLM"]}
+    )
+    assert [t.name for t in spec.dense_tensors].count("lm_head") == 0
+    assert spec.num_params == sum(p.numel() for p in model.parameters())
