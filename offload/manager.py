@@ -151,9 +151,10 @@ class ExpertManager:
     def _record(self, lease: Lease, missing: list[Entry]) -> None:
         assert self.trace is not None
         nbytes = 0
-        for entry in missing:
-            if self._top is self._host or entry.key not in self._host.entries:
-                nbytes += self._disk.nbytes_of(entry.key)
+        for key in [entry.key for entry in missing]:
+            in_memory = self._top is not self._host and key in self._host.entries
+            if not in_memory and key in self._disk:  # if not, the read that follows says so
+                nbytes += self._disk.nbytes_of(key)
         hits = len(lease.addresses) - len(missing)
         event = TraceEvent(self._step, lease.layer, tuple(lease.addresses), hits, nbytes)
         self.trace.append(event)

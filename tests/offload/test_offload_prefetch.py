@@ -185,7 +185,5 @@ def test_guessing_an_expert_that_does_not_exist_is_a_bug(files: ModelFiles) -> N
     manager = files.manager(2)
     with pytest.raises(AssertionError, match="expert 77 of layer 0 is in no file"):
         manager.prefetch(0, [77])
-    with pytest.raises(AssertionError, match="expert 77 of layer 0 is in no file"):
-        manager.ensure(0, [77])
     manager.check_integrity()
     manager.close()
