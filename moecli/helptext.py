@@ -5,6 +5,7 @@ reflows the examples; and so that the page does not change with Typer's version.
 """
 
 import inspect
+import re
 import shutil
 import sys
 import textwrap
@@ -43,7 +44,7 @@ def _page(ctx: typer.Context) -> str:
     parts.append(_table("Arguments", arguments, width))
     if isinstance(command, TyperGroup):
         commands = [(name, item) for name, item in command.commands.items() if not item.hidden]
-        rows = [(name, item.get_short_help_str(200)) for name, item in commands]
+        rows = [(name, _first_clause(item.help or "")) for name, item in commands]
         parts.append(_table("Commands", rows, width))
     parts.append(_table("Options", options, width))
     if command.epilog:
@@ -66,6 +67,10 @@ def _usage(command: Any, ctx: typer.Context) -> str:
 def _paragraphs(text: str, width: int) -> str:
     blocks = inspect.cleandoc(text).split("\n\n")
     return "\n\n".join(textwrap.fill(" ".join(block.split()), width) for block in blocks)
+
+
+def _first_clause(text: str) -> str:
+    return re.split(r"[.;:,](?=\s|$)", text, maxsplit=1)[0]
 
 
 def _argument(param: Any) -> tuple[str, str]:

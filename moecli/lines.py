@@ -72,9 +72,8 @@ class PipedLines:
             line = data.decode("utf-8")
         except UnicodeDecodeError as error:
             at = self._offset + error.start
-            raise MoecliError(
-                f"stdin is not UTF-8: byte {at} is 0x{data[error.start]:02x}"
-            ) from error
+            wrong = f"0x{data[error.start]:02x}"
+            raise MoecliError(f"stdin is not UTF-8: byte {at} is {wrong}") from error
         self._offset += len(data)
         return line.rstrip("\r\n")
 

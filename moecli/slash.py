@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moecli import ui
 from moecli.chat import Conversation
@@ -97,7 +98,8 @@ def _set(talk: Talk, argument: str) -> None:
         raise MoecliError(f"`{name}` is to be set to what?", f"for example `/set {name} 1`")
     field, parse = _SETTABLE[name]
     free = SamplingConfig.__dataclass_fields__[field].default is None and value == "none"
-    talk.sampling = replace(talk.sampling, **{field: None if free else parse(value, f"`{name}`")})
+    change: dict[str, Any] = {field: None if free else parse(value, f"`{name}`")}
+    talk.sampling = replace(talk.sampling, **change)
     say(f"{name} = {value}")
 
 
@@ -160,9 +162,7 @@ _EXIT = Command("/exit, /bye, /quit", "leave", _exit)
 _COMMANDS = {
     "/help": Command("/help", "this list", _help),
     "/clear": Command("/clear", "forget what was said", _clear),
-    "/system": Command(
-        "/system [TEXT]", "show or set the system prompt; `none` removes it", _system
-    ),
+    "/system": Command("/system [TEXT]", "show or set the system prompt, or `none`", _system),
     "/set": Command("/set [NAME VALUE]", "show or set temp, top_p, top_k, min_p, ...", _set),
     "/regen": Command("/regen", "answer the last question anew", _regen),
     "/read": Command("/read FILE", "put a text file before the next message", _read),

@@ -102,7 +102,10 @@ def _loop(talk: Talk, lines: Lines) -> None:
 
 
 def _act(talk: Talk, lines: Lines, message: str) -> None:
-    """One message or command. A failure is told and the chat goes on; in a pipe it ends there."""
+    """One message or command. A failure is told and the chat goes on; a pipe ends with it.
+
+    A command that fails leaves the chat as it was, so that goes on in a pipe too.
+    """
     before = talk.last
     try:
         if message.startswith("/"):
@@ -110,7 +113,7 @@ def _act(talk: Talk, lines: Lines, message: str) -> None:
         elif message.strip():
             talk.say(message)
     except (MoecliError, QuantError, OffloadError) as error:
-        if not lines.interactive:
+        if not (lines.interactive or message.startswith("/")):
             raise
         ui.show_error(error.message, error.hint)
     except KeyboardInterrupt:

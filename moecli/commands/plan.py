@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 HELP = """Show what would lie where, and how fast that should run.
 
-This is the placement that `run` and `chat` make. It reads config.json, no weights. The budgets and bandwidths may be those of another machine; what
-is not given is measured here. Exits with 1 where the model does not fit."""
+This is the placement that `run` and `chat` make. It reads config.json, no weights. The budgets and
+bandwidths may be those of another machine; what is not given is measured here. Exits with 1 where
+the model does not fit."""
 EXAMPLES = """
 moecli plan demo --ram 8MiB
 moecli plan scout-int4 --ctx 32k
@@ -57,12 +58,8 @@ def plan(
 ) -> None:
     path = readable_directory(options.require_model(ctx, model, model_flag))
     config = Settings.read(ctx=ctx_tokens, ram=ram, vram=vram).engine_config()
-    given = {
-        "ram_bw": ram_bw and parse_bandwidth(ram_bw, "`--ram-bw`"),
-        "disk_bw": disk_bw and parse_bandwidth(disk_bw, "`--disk`"),
-        "link_bw": link_bw and parse_bandwidth(link_bw, "`--link`"),
-    }
-    machine = replace(_measure(path, given), **{k: v for k, v in given.items() if v})
+    machine = _machine(path, _rate(ram_bw, "--ram-bw"), _rate(disk_bw, "--disk"))
+    machine = replace(machine, link_bw=_rate(link_bw, "--link"))
     ctx_size, made = _make(path, scheme_name, config, machine)
     if as_json:
         print(json.dumps({"model": path.name, "ctx": ctx_size, **made.to_dict()}, indent=2))
@@ -70,20 +67,23 @@ def plan(
         ui.show_plan(path.name, ctx_size, made)
 
 
-def _measure(path: Path, given: dict[str, float | None]) -> "Machine":
-    """This machine, with the bandwidths that were not given measured."""
+def _rate(text: str | None, name: str) -> float | None:
+    return None if text is None else parse_bandwidth(text, f"`{name}`")
+
+
+def _machine(path: Path, ram_bw: float | None, disk_bw: float | None) -> "Machine":
+    """This machine, with the bandwidths that are not given measured."""
     from offload.bandwidth import measure_disk, measure_ram
     from offload.hardware import detect
 
     machine = detect(path)
-    if not given["ram_bw"]:
-        machine = replace(machine, ram_bw=measure_ram(machine.physical_cores or 1))
-    if not given["disk_bw"]:
+    if ram_bw is None:
+        ram_bw = measure_ram(machine.physical_cores or 1)
+    if disk_bw is None:
         # A file is read, a directory written to: never write into somebody's checkpoint.
         largest = max(path.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
-        if largest is not None:
-            machine = replace(machine, disk_bw=measure_disk(largest).bytes_per_s)
-    return machine
+        disk_bw = None if largest is None else measure_disk(largest).bytes_per_s
+    return replace(machine, ram_bw=ram_bw, disk_bw=disk_bw)
 
 
 def _make(
