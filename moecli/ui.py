@@ -1,0 +1,295 @@
+"""Knows how results look to people; the only file that imports Rich, and only when it must.
+
+Every function takes typed results and decides nothing. Data goes to stdout, the rest to stderr.
+Model text does not pass through here.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from moecli.events import GenerationStats
+from moecli.terminal import bold, dim, has_colors, is_terminal, say, styled
+from moecli.units import format_bandwidth, format_nbytes, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from offload.plan import MemoryPlan
+    from quant.convert import ConversionProgress, ConversionResult
+
+_RED, _YELLOW, _GREEN = "31;1", "33", "32"
+_PLAIN_STEP = 0.1  # of the work, between two lines where no bar can be drawn
+_PLAIN_SECONDS = 15.0
+
+
+def show_error(message: str, hint: str | None) -> None:
+    say(f"{styled('error:', _RED, sys.stderr)} {message}")
+    if hint:
+        say(f"\n{bold('hint:', sys.stderr)} {hint}")
+
+
+def show_note(message: str) -> None:
+    say(f"{styled('note:', _YELLOW, sys.stderr)} {message}")
+
+
+def show_table(headers: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Cells are (for people, in full). On a terminal a table; piped, tabs and full values."""
+    if not is_terminal(sys.stdout):
+        for row in rows:
+            print("\t".join(full for _, full in row))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(shown) for shown, _ in row))
+    _console(sys.stdout).print(table)
+
+
+def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Label and value, one pair a line; piped, with a tab between."""
+    if not is_terminal(sys.stdout):
+        for label, value in pairs:
+            print(f"{label}\t{value}")
+        return
+    width = max((len(label) for label, _ in pairs), default=0)
+    for label, value in pairs:
+        print(f"{dim(label.ljust(width), sys.stdout)}  {value}")
+
+
+def show_checks(checks: Sequence[tuple[str, str, str, str | None]]) -> None:
+    """(status, what, found, fix), one line a check and one more for a fix."""
+    codes = {"ok": _GREEN, "warn": _YELLOW, "error": _RED}
+    width = max((len(what) for _, what, _, _ in checks), default=0)
+    for status, what, found, fix in checks:
+        mark = styled(status.ljust(5), codes[status], sys.stdout)
+        print(f"{mark} {what.ljust(width)}  {found}")
+        if fix:
+            print(f"{' ' * (width + 8)}{dim('fix: ', sys.stdout)}{fix}")
+
+
+# Generation
+
+
+class PrefillStatus:
+    """One line on a terminal while a long prompt is read; gone when the answer begins."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    def update(self, done: int, total: int) -> None:
+        if done >= total:
+            self.stop()
+        elif is_terminal(sys.stderr):
+            self._replace(f"reading the prompt: {done} of {total} tokens")
+
+    def stop(self) -> None:
+        if self._shown:
+            self._replace("")
+
+    def _replace(self, line: str) -> None:
+        sys.stderr.write(f"\r{' ' * self._shown}\r{line}")
+        sys.stderr.flush()
+        self._shown = len(line)
+
+
+@contextmanager
+def prefill_status() -> Iterator[PrefillStatus]:
+    status = PrefillStatus()
+    try:
+        yield status
+    finally:
+        status.stop()
+
+
+def stats_line(stats: GenerationStats) -> str:
+    """The numbers of an answer in one line."""
+    parts = [f"{stats.generated_tokens} tokens"]
+    if stats.decode_tok_s:
+        parts.append(f"{stats.decode_tok_s:.1f} tok/s")
+    parts.append(f"first after {format_seconds(stats.ttft_s)}")
+    if stats.hit_rate is not None:
+        parts.append(f"expert hits {stats.hit_rate:.1%}")
+    parts.append(f"peak memory {format_nbytes(stats.peak_rss_nbytes)}")
+    return ", ".join(parts)
+
+
+def show_stats_line(stats: GenerationStats) -> None:
+    say(dim(stats_line(stats), sys.stderr))
+
+
+def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
+    """The numbers of a run, and what the plan had predicted."""
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    lines = [
+        f"prompt   {stats.prompt_tokens} tokens{cached}, {stats.prefill_tok_s:.1f} tok/s, "
+        f"first token after {format_seconds(stats.ttft_s)}",
+        f"answer   {stats.generated_tokens} tokens, {stats.decode_tok_s:.1f} tok/s{_said(plan)}",
+        f"experts  {_hits(stats)}; {plan.host_slots} of {plan.total_experts} have a place in RAM",
+        f"memory   peak {format_nbytes(stats.peak_rss_nbytes)}; the plan takes "
+        f"{format_nbytes(plan.ram_nbytes)} of {format_nbytes(plan.ram_budget)}",
+    ]
+    for line in lines:
+        say(dim(line, sys.stderr))
+
+
+def _said(plan: "MemoryPlan") -> str:
+    if plan.predicted_tok_s is None:
+        return ""
+    return f" (predicted {plan.predicted_tok_s:.1f}, bound by {plan.bottleneck})"
+
+
+def _hits(stats: GenerationStats) -> str:
+    if stats.hit_rate is None:
+        return "none asked for"
+    read = format_nbytes(stats.expert_nbytes_read)
+    return f"{stats.hit_rate:.1%} of {stats.expert_hits + stats.expert_misses} hit, {read} read"
+
+
+def show_chat_header(version: str, lines: Sequence[str]) -> None:
+    first, *rest = lines
+    say(f"{bold('moecli', sys.stderr)} {version} · {first}")
+    for line in rest:
+        say(dim(line, sys.stderr))
+
+
+# Conversion
+
+
+@contextmanager
+def conversion_progress() -> Iterator[Callable[["ConversionProgress"], None]]:
+    """A bar with time left and running error; lines where stderr is no terminal."""
+    if not is_terminal(sys.stderr):
+        yield _PlainProgress()
+        return
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+    columns = (
+        TextColumn("quantizing"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%  {task.fields[sizes]}  {task.fields[left]}"),
+        TextColumn("{task.fields[error]}", markup=False),
+    )
+    with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        task: TaskID = bar.add_task("", total=None, sizes="", left="", error="")
+
+        def update(now: "ConversionProgress") -> None:
+            bar.update(
+                task,
+                total=now.total_nbytes,
+                completed=now.done_nbytes,
+                sizes=f"{format_nbytes(now.done_nbytes)} of {format_nbytes(now.total_nbytes)}",
+                left=_left(now),
+                error=f"error {now.error:.2%}",
+            )
+
+        yield update
+
+
+class _PlainProgress:
+    """A line now and then, for logs."""
+
+    def __init__(self) -> None:
+        self._share = 0.0
+        self._time = time.monotonic()
+
+    def __call__(self, now: "ConversionProgress") -> None:
+        share = now.done_nbytes / now.total_nbytes if now.total_nbytes else 1.0
+        step = share - self._share
+        waited = time.monotonic() - self._time
+        if step >= _PLAIN_STEP or (step > 0 and waited >= _PLAIN_SECONDS):
+            say(f"quantizing: {share:.0%}, error {now.error:.2%}, {_left(now)}".rstrip(", "))
+            self._share, self._time = share, time.monotonic()
+
+
+def _left(now: "ConversionProgress") -> str:
+    return "" if now.eta_s is None else f"{format_seconds(now.eta_s)} left"
+
+
+def show_conversion(result: "ConversionResult", model: str) -> None:
+    """What `quantize` has made, and the next command."""
+    resumed = f", {result.units_resumed} parts were there already" if result.units_resumed else ""
+    pairs = [
+        ("written", str(result.out)),
+        (
+            "size",
+            f"{format_nbytes(result.out_nbytes)}, from {format_nbytes(result.source_nbytes)}",
+        ),
+        ("bits a weight", f"{result.bpw:.2f} ({result.bpw_experts:.2f} in experts)"),
+        ("error", f"{result.error_experts:.2%} in experts, {result.error_dense:.2%} elsewhere"),
+        ("time", f"{format_seconds(result.seconds)}{resumed}"),
+    ]
+    width = max(len(label) for label, _ in pairs)
+    for label, value in pairs:
+        say(f"{dim(label.ljust(width), sys.stderr)}  {value}")
+    say(f"\nnext: {bold(f'moecli chat {model}', sys.stderr)}")
+
+
+# Plans
+
+
+def show_plan(title: str, ctx: int, plan: "MemoryPlan") -> None:
+    """What lies where, and how fast that should be."""
+    device = plan.vram_budget > 0
+    where_fixed = 0 if device else 1
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(label: str, column: int, nbytes: int) -> None:
+        cells = ["", "", ""]
+        cells[column] = format_nbytes(nbytes)
+        rows.append((label, cells))
+
+    add("dense weights", where_fixed, plan.dense_nbytes)
+    if plan.embedding_nbytes:
+        add("embedding", 1, plan.embedding_nbytes)
+    add(f"KV cache, {ctx} tokens", where_fixed, plan.kv_nbytes)
+    add("workspace", where_fixed, plan.workspace_nbytes)
+    experts = [
+        _slots(plan.device_slots, plan.total_experts, plan.device_pool_nbytes),
+        _slots(plan.host_slots, plan.total_experts, plan.host_arena_nbytes),
+        format_nbytes(plan.disk_nbytes) if plan.disk_nbytes else "",
+    ]
+    rows.append(("experts", experts))
+    free = [format_nbytes(plan.vram_free), format_nbytes(plan.ram_free), ""]
+    rows.append(("free of the budget", free))
+    columns = [0, 1, 2] if device else [1, 2]
+    headers = [title, *(("VRAM", "RAM", "disk only")[column] for column in columns)]
+    show_table(
+        headers, [[(c, c) for c in (label, *(cells[i] for i in columns))] for label, cells in rows]
+    )
+    print(_prediction(plan))
+
+
+def _slots(slots: int, total: int, nbytes: int) -> str:
+    return f"{format_nbytes(nbytes)} ({slots} of {total})" if slots else ""
+
+
+def _prediction(plan: "MemoryPlan") -> str:
+    if plan.predicted_tok_s is None:
+        return "decode\tunknown: no bandwidth measured" if not is_terminal(sys.stdout) else ""
+    text = f"{plan.predicted_tok_s:.1f} tok/s predicted, bound by {plan.bottleneck}"
+    return f"decode\t{text}" if not is_terminal(sys.stdout) else f"\ndecode: {text}"
+
+
+def bandwidth(value: float | None) -> str:
+    return "not measured" if value is None else format_bandwidth(value)
+
+
+def ask(question: str) -> bool:
+    """A yes or no from the terminal; Enter is no."""
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _console(stream: TextIO) -> "Console":
+    from rich.console import Console
+
+    colors: dict[str, Any] = {} if has_colors(stream) else {"color_system": None}
+    return Console(file=stream, highlight=False, markup=False, emoji=False, **colors)
