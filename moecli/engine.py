@@ -126,7 +126,7 @@ class Engine:
         if len(token_ids) >= self.ctx:
             raise MoecliError(
                 f"the prompt has {len(token_ids)} tokens; the context holds {self.ctx}",
-                f"shorten it, or give a longer `--ctx` (the model's limit: {self.spec.max_context})",
+                f"shorten it, or give a longer `--ctx`, {self.spec.max_context} at most",
             )
         return generate(self._runtime, session, token_ids, sampling, cancelled)
 

@@ -1,4 +1,4 @@
-"""Knows how routed experts are computed where they lie: joins ops of quant and offload's manager."""
+"""Knows how routed experts are computed where they lie: joins quant's ops and offload's manager."""
 
 import torch
 from torch import Tensor
