@@ -23,7 +23,7 @@ def budget_for(path: Path, share: float, **settings: int) -> int:
         return fixed + max(least, int(share * plan.total_experts)) * plan.slot_nbytes
 
 
-def greedy(path: Path, config: EngineConfig, num_tokens: int = 40) -> tuple[str, list[int], float]:
+def greedy(path: Path, config: EngineConfig, num_tokens: int = 24) -> tuple[str, list[int], float]:
     """Answer, tokens and hit rate; the bookkeeping is checked after every event."""
     with Engine.open(path, config) as engine:
         session = engine.new_session()
@@ -31,8 +31,9 @@ def greedy(path: Path, config: EngineConfig, num_tokens: int = 40) -> tuple[str,
         sampling = SamplingConfig(temperature=0, max_tokens=num_tokens)
         last = None
         for event in engine.generate(session, prompt, sampling):
-            engine.check_integrity(deep=True)
+            engine.check_integrity()
             last = event
+        engine.check_integrity(deep=True)
         assert isinstance(last, Finished)
         assert last.stats.hit_rate is not None
         return last.text, list(session.tokens), last.stats.hit_rate

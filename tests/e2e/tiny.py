@@ -52,7 +52,9 @@ def llama4_config() -> dict[str, Any]:
     }
 
 
-def llama4_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+def llama4_tensors(
+    seed: int = 0, experts: int = EXPERTS, inner: int = INTER
+) -> dict[str, torch.Tensor]:
     """bf16 tensors of the tiny Llama 4, fused as in a hub's repository."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -73,12 +75,12 @@ def llama4_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
             p + "self_attn.k_proj.weight": rand(KV_HEADS * HEAD_DIM, HIDDEN),
             p + "self_attn.v_proj.weight": rand(KV_HEADS * HEAD_DIM, HIDDEN),
             p + "self_attn.o_proj.weight": rand(HIDDEN, HEADS * HEAD_DIM),
-            p + "feed_forward.router.weight": rand(EXPERTS, HIDDEN, scale=1.0),
-            p + "feed_forward.experts.gate_up_proj": rand(EXPERTS, HIDDEN, 2 * INTER),
-            p + "feed_forward.experts.down_proj": rand(EXPERTS, INTER, HIDDEN),
-            p + "feed_forward.shared_expert.gate_proj.weight": rand(INTER, HIDDEN),
-            p + "feed_forward.shared_expert.up_proj.weight": rand(INTER, HIDDEN),
-            p + "feed_forward.shared_expert.down_proj.weight": rand(HIDDEN, INTER),
+            p + "feed_forward.router.weight": rand(experts, HIDDEN, scale=1.0),
+            p + "feed_forward.experts.gate_up_proj": rand(experts, HIDDEN, 2 * inner),
+            p + "feed_forward.experts.down_proj": rand(experts, inner, HIDDEN),
+            p + "feed_forward.shared_expert.gate_proj.weight": rand(inner, HIDDEN),
+            p + "feed_forward.shared_expert.up_proj.weight": rand(inner, HIDDEN),
+            p + "feed_forward.shared_expert.down_proj.weight": rand(HIDDEN, inner),
         }
     return tensors
 

@@ -162,6 +162,7 @@ def test_a_forward_that_dies_leaves_a_usable_cache():
     def fail(*_):
         raise RuntimeError("no such expert")
 
+    fail.reads_ahead = False
     block.experts = fail
     with pytest.raises(RuntimeError):
         decoder.forward(Batch.of(ids[13:20], cache))
