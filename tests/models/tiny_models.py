@@ -73,8 +73,13 @@ def spec_of(model: torch.nn.Module) -> ModelSpec:
     return ModelSpec.from_hf(json.loads(model.config.to_json_string()) | architecture)
 
 
-def decoder_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> Decoder:
-    spec, tensors = spec_of(model), dict(model.state_dict())
+def decoder_of(
+    model: torch.nn.Module,
+    dtype: torch.dtype = torch.float32,
+    tensors: dict[str, Tensor] | None = None,
+) -> Decoder:
+    """Our decoder over a model's weights, or over the same weights by other names."""
+    spec, tensors = spec_of(model), dict(tensors or model.state_dict())
     if spec.tie_word_embeddings:
         del tensors["lm_head.weight"]
     plan = plan_conversion(spec, {name: tuple(t.shape) for name, t in tensors.items()})
