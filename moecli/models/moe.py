@@ -14,7 +14,6 @@ from moecli.models.config import ModelSpec
 from moecli.models.provider import ExpertProvider
 from quant.ops import linear
 
-GUESS_TOKENS = 8  # a prompt of more tokens will choose most experts anyway
 FloatExpert = tuple[Tensor, Tensor, Tensor]  # gate [I, H], up [I, H], down [H, I]
 
 
@@ -67,16 +66,10 @@ class MoeBlock:
         self.shared: Mlp | None = None
         if spec.shared_intermediate_size:
             self.shared = Mlp(f"layers.{layer}.shared", weights)
-        self.next: MoeBlock | None = None  # the block whose choices are guessed from here
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
-        topk_ids, topk_weights = self.router(x)
-        if self.next is not None and self.experts.reads_ahead and x.shape[0] <= GUESS_TOKENS:
-            # The residual stream changes little in a layer, so the next router, fed with this
-            # layer's input, is mostly right; its experts can be read while these are computed.
-            self.experts.prefetch(self.next.layer, self.next.router(x)[0])
-        routed = self.experts(self.layer, x, topk_ids, topk_weights)
+        routed = self.experts(self.layer, x, *self.router(x))
         return routed if self.shared is None else self.shared(x) + routed
 
 
@@ -86,7 +79,6 @@ class FloatExperts:
     def __init__(self, spec: ModelSpec, load: Callable[[int, int], FloatExpert]) -> None:
         """`load(layer, expert)` is asked anew each time an expert is needed."""
         self.load = load
-        self.reads_ahead = False
         self.weight_on_input = spec.weight_on_input
 
     def __call__(

@@ -12,7 +12,7 @@ from quant.scheme import QuantScheme
 W = TypeVar("W")
 Shapes = Mapping[str, tuple[int, ...]]
 _PACKED_SUFFIX = ".weight_packed"
-_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
 _REINDEX_HINT = "the checkpoint is incomplete, or its config.json belongs to another"
 
 
@@ -64,8 +64,8 @@ class CheckpointNames:
         self.spec = spec
         self.family = FAMILIES[spec.family]
         self.body = _prefix_of(_EMBEDDING, names)
-        heads = [name for name in names if name.endswith(_HEAD)]
-        self.head = min(heads, key=len).removesuffix(".weight") if heads else "lm_head"
+        heads = [name for name in names if name.rpartition(".")[0].endswith("lm_head")]
+        self.head = min(heads, key=len).rpartition(".")[0] if heads else "lm_head"
 
     def module(self, tensor: str) -> str:
         """The module of one of `spec.dense_tensors`, less `.weight`, or the name of a bias."""

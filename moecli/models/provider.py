@@ -8,11 +8,6 @@ from torch import Tensor
 class ExpertProvider(Protocol):
     """Computes routed experts wherever their bytes lie."""
 
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether a guess of what the next layer will choose is worth making."""
-        ...
-
     def __call__(
         self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> Tensor:

@@ -35,11 +35,10 @@ print(json.dumps({"grown": peak() - before, "read": stats.disk_nbytes, "plan": p
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with some 90 MiB of experts, far more than the budgets below."""
+    """A model with some 40 MiB of experts, far more than the budgets below."""
     root = tmp_path_factory.mktemp("wide")
-    experts, inner = 48, 1024
+    experts, inner = 96, 1024
     config = tiny.llama4_config() | {"num_local_experts": experts, "intermediate_size": inner}
-    config |= {"num_hidden_layers": 4, "hidden_size": tiny.HIDDEN}
     tensors = tiny.llama4_tensors(experts=experts, inner=inner)
     return quantize(tiny.write_checkpoint(root / "source", config, tensors), root / "out", 32)
 

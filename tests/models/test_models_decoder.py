@@ -162,7 +162,6 @@ def test_a_forward_that_dies_leaves_a_usable_cache():
     def fail(*_):
         raise RuntimeError("no such expert")
 
-    fail.reads_ahead = False
     block.experts = fail
     with pytest.raises(RuntimeError):
         decoder.forward(Batch.of(ids[13:20], cache))
@@ -174,6 +173,48 @@ def test_a_forward_that_dies_leaves_a_usable_cache():
     assert cache.truncate(5) == 0, "the rings no longer hold the first chunk"
     found = logits_in_steps(decoder, ids, [6, 39], cache)
     assert difference(found, expected_logits(model, ids)) <= TOLERANCE
+
+
+class Recorder:
+    """Experts that note what was guessed and what was asked for."""
+
+    def __init__(self, experts):
+        self.experts, self.guessed, self.chosen = experts, {}, {}
+
+    def __call__(self, layer, hidden, topk_ids, topk_weights):
+        self.chosen[layer] = topk_ids
+        return self.experts(layer, hidden, topk_ids, topk_weights)
+
+    def prefetch(self, layer, topk_ids):
+        assert layer not in self.chosen, "a guess after the fact"
+        self.guessed[layer] = topk_ids
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "layers"),
+    [
+        ("llama4", {}, [1, 2, 3]),
+        ("llama4", {"interleave_moe_layer_step": 2}, [1, 3]),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, [2]),
+    ],
+)
+def test_guesses_of_the_next_layer_s_experts(family, changes, layers):
+    """Right where layers add nothing to the hidden state; logits never depend on guesses."""
+    model, ids = oracle(family, **changes), tokens(8)
+    top_k = spec_of(model).experts_per_token
+    with_guesses = decoder_of(model, wrap=Recorder, guesses=top_k + 1)
+    cache = KvCache(with_guesses.spec, 8, torch.float32)
+    found = with_guesses.forward(Batch.of(ids, cache, all_logits=True))
+    assert torch.equal(found, logits_in_steps(decoder_of(model), ids, [8]))
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.data.zero_()
+    inert = decoder_of(model, wrap=Recorder, guesses=top_k)
+    recorder = inert.layers[layers[0]].mlp.experts
+    logits_in_steps(inert, ids, [8])
+    assert list(recorder.guessed) == layers
+    for layer in layers:
+        assert torch.equal(recorder.guessed[layer], recorder.chosen[layer])
 
 
 def test_bfloat16_stays_near_float32():

@@ -1,6 +1,6 @@
 """Tiny random models of transformers, and our decoder over their weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from moecli.models.config import ModelSpec
 from moecli.models.decoder import Batch, Decoder
 from moecli.models.moe import FloatExperts
 from moecli.models.naming import dense_loader, plan_conversion
+from moecli.models.provider import ExpertProvider
 
 LLAMA4 = {
     "vocab_size": 97,
@@ -73,8 +74,15 @@ def spec_of(model: torch.nn.Module) -> ModelSpec:
     return ModelSpec.from_hf(json.loads(model.config.to_json_string()) | architecture)
 
 
-def decoder_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> Decoder:
-    spec, tensors = spec_of(model), dict(model.state_dict())
+def decoder_of(
+    model: torch.nn.Module,
+    dtype: torch.dtype = torch.float32,
+    tensors: dict[str, Tensor] | None = None,
+    wrap: Callable[[ExpertProvider], ExpertProvider] = lambda experts: experts,
+    guesses: int = 0,
+) -> Decoder:
+    """Our decoder over a model's weights, or over the same weights by other names."""
+    spec, tensors = spec_of(model), dict(tensors or model.state_dict())
     if spec.tie_word_embeddings:
         del tensors["lm_head.weight"]
     plan = plan_conversion(spec, {name: tuple(t.shape) for name, t in tensors.items()})
@@ -90,8 +98,8 @@ def decoder_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> De
         item = experts[layer, expert]
         return slice_of(item.gate), slice_of(item.up), slice_of(item.down)
 
-    provider = FloatExperts(spec, load)
-    return Decoder(spec, dense_loader(spec, tensors, tensors.__getitem__), provider, dtype)
+    weights = dense_loader(spec, tensors, tensors.__getitem__)
+    return Decoder(spec, weights, wrap(FloatExperts(spec, load)), dtype, guesses)
 
 
 def tokens(count: int, seed: int = 1) -> Tensor:
