@@ -5,6 +5,7 @@ experts in the top tier before anything is read, so what a lease covers is never
 bookkeeping happens under one lock that is never held while bytes move.
 """
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -419,7 +420,10 @@ class ExpertManager:
                 self._check_bytes()
 
     def _check_bytes(self) -> None:
-        buffer = memoryview(bytearray(self._max_nbytes))
+        with mmap.mmap(-1, self._arena.slot_nbytes) as page, memoryview(page) as buffer:
+            self._compare_with(buffer)
+
+    def _compare_with(self, buffer: memoryview) -> None:
         for key, entry in [*self._host.entries.items(), *self._top.entries.items()]:
             if not entry.ready:
                 continue
