@@ -414,6 +414,8 @@ class ExpertManager:
                 pins = held.get(key, 0) + (not entry.ready)
                 assert entry.pins == pins, f"{describe(key)}: {entry.pins} pins, not {pins}"
             if self._top is not self._host and not self._top.num_loading:
+                loading = self._host.num_loading - self._num_reading_ahead
+                assert not loading, f"{loading} reads into main memory that nobody does"
                 pinned = [key for key, e in self._host.entries.items() if e.pins and e.ready]
                 assert not pinned, f"{describe(pinned[0])} stays pinned in main memory"
             if deep:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from offload_files import PAGE, ModelFiles
 
 from offload.disk import DiskTier, ExpertSpan
 from offload.errors import OffloadError
+from tests.offload.offload_files import PAGE, ModelFiles
 
 
 def test_reads_every_expert_and_nothing_beyond(files: ModelFiles) -> None:

@@ -13,13 +13,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from offload_files import ModelFiles, bytes_at
 
 import offload.manager
 from offload.keys import ExpertKey
 from offload.lease import Lease
 from offload.manager import ExpertManager
 from offload.slots import SlotPool
+from tests.offload.offload_files import ModelFiles, bytes_at
 
 EXPERTS = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 LAYER = st.integers(0, 2)
