@@ -5,6 +5,7 @@ experts in the top tier before anything is read, so what a lease covers is never
 bookkeeping happens under one lock that is never held while bytes move.
 """
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -413,13 +414,18 @@ class ExpertManager:
                 pins = held.get(key, 0) + (not entry.ready)
                 assert entry.pins == pins, f"{describe(key)}: {entry.pins} pins, not {pins}"
             if self._top is not self._host and not self._top.num_loading:
+                loading = self._host.num_loading - self._num_reading_ahead
+                assert not loading, f"{loading} reads into main memory that nobody does"
                 pinned = [key for key, e in self._host.entries.items() if e.pins and e.ready]
                 assert not pinned, f"{describe(pinned[0])} stays pinned in main memory"
             if deep:
                 self._check_bytes()
 
     def _check_bytes(self) -> None:
-        buffer = memoryview(bytearray(self._max_nbytes))
+        with mmap.mmap(-1, self._arena.slot_nbytes) as page, memoryview(page) as buffer:
+            self._compare_with(buffer)
+
+    def _compare_with(self, buffer: memoryview) -> None:
         for key, entry in [*self._host.entries.items(), *self._top.entries.items()]:
             if not entry.ready:
                 continue

@@ -39,8 +39,8 @@ class ModelFiles:
     def path(self, layer: int) -> Path:
         return self.spans[layer, 0].path
 
-    def disk(self) -> DiskTier:
-        return DiskTier(self.spans)
+    def disk(self, drop_cache: bool = False) -> DiskTier:
+        return DiskTier(self.spans, drop_cache)
 
     def gated_disk(self, *keys: ExpertKey) -> "GatedDisk":
         return GatedDisk(self.spans, keys)

@@ -3,11 +3,12 @@
 import os
 
 import pytest
-from offload_files import ModelFiles, bytes_at
 
 import offload.manager
 from offload.errors import OffloadError
 from offload.slots import SlotPool
+from offload.trace import Trace
+from tests.offload.offload_files import ModelFiles, bytes_at
 
 
 def make_pool(files: ModelFiles, slots: int) -> SlotPool:
@@ -59,7 +60,8 @@ def test_a_device_hit_touches_neither_disk_nor_host(files: ModelFiles) -> None:
 
 
 def test_a_device_miss_that_main_memory_has_costs_one_copy(files: ModelFiles) -> None:
-    manager = files.manager(4, device=make_pool(files, 1))
+    trace = Trace()
+    manager = files.manager(4, device=make_pool(files, 1), trace=trace)
     for expert in (0, 1):
         manager.ensure(0, [expert]).release()
     before = manager.stats
@@ -69,6 +71,7 @@ def test_a_device_miss_that_main_memory_has_costs_one_copy(files: ModelFiles) ->
     assert (delta.hits, delta.misses, delta.host_hits, delta.host_misses) == (0, 1, 1, 0)
     assert (delta.disk_nbytes, delta.device_nbytes) == (0, files.nbytes)
     assert (delta.evictions, delta.host_evictions) == (1, 0)
+    assert [event.nbytes for event in trace] == [files.nbytes, files.nbytes, 0]
     manager.close()
 
 
@@ -148,4 +151,14 @@ def test_deep_check_sees_a_wrong_byte_on_the_device(files: ModelFiles) -> None:
     manager.check_integrity()
     with pytest.raises(AssertionError, match="expert 3 of layer 0 differs from its file"):
         manager.check_integrity(deep=True)
+    manager.close()
+
+
+def test_what_the_device_holds_is_not_read_ahead(files: ModelFiles) -> None:
+    manager = files.manager(1, device=make_pool(files, 2))
+    manager.ensure(0, [0, 1]).release()  # main memory has forgotten one of them
+    before = manager.stats
+    manager.prefetch(0, [0, 1])
+    manager.drain_prefetch()
+    assert manager.stats == before
     manager.close()

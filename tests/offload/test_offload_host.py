@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from offload_files import PAGE, bytes_at
 
 from offload.errors import OffloadError
 from offload.host import HostArena
+from tests.offload.offload_files import PAGE, bytes_at
 
 
 def test_slots_are_aligned_disjoint_and_reached_by_buffer_and_address() -> None:
@@ -60,7 +60,7 @@ CHILD = """
 import os, random, resource, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from offload_files import ModelFiles
+from tests.offload.offload_files import ModelFiles
 
 def rss():
     with open("/proc/self/statm") as file:

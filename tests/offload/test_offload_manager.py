@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from offload_files import ModelFiles, bytes_at
 
 from offload.errors import OffloadError
 from offload.trace import Trace
+from tests.offload.offload_files import ModelFiles, bytes_at
 
 
 def test_ensure_gives_the_bytes_of_the_file(files: ModelFiles) -> None:

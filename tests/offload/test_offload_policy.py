@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload_files import ModelFiles
 
 from offload.errors import OffloadError
 from offload.keys import ExpertKey
 from offload.policy import LruPolicy
 from offload.table import SlotTable
 from offload.trace import Replay, Trace, TraceEvent, replay
+from tests.offload.offload_files import ModelFiles
 
 
 class MruPolicy(LruPolicy):

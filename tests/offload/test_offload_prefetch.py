@@ -3,11 +3,11 @@
 import os
 
 import pytest
-from offload_files import ModelFiles, bytes_at
 
 import offload.manager
 from offload.errors import OffloadError
 from offload.slots import SlotPool
+from tests.offload.offload_files import ModelFiles, bytes_at
 
 
 def test_what_was_read_ahead_is_a_hit(files: ModelFiles) -> None:

@@ -13,13 +13,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from offload_files import ModelFiles, bytes_at
 
 import offload.manager
 from offload.keys import ExpertKey
 from offload.lease import Lease
 from offload.manager import ExpertManager
 from offload.slots import SlotPool
+from tests.offload.offload_files import ModelFiles, bytes_at
 
 EXPERTS = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 LAYER = st.integers(0, 2)
@@ -27,6 +27,7 @@ LAYER = st.integers(0, 2)
 
 class CacheMachine(RuleBasedStateMachine):
     files: ModelFiles  # set by the test below
+    drop_cache: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,11 +42,19 @@ class CacheMachine(RuleBasedStateMachine):
         keep=st.sampled_from([True, True, True, False]),
     )
     def start(
-        self, host_slots: int, device_slots: int | None, num_workers: int, keep: bool
+        self,
+        host_slots: int,
+        device_slots: int | None,
+        num_workers: int,
+        keep: bool,
     ) -> None:
         device = SlotPool(device_slots, self.files.slot_nbytes, "cpu") if device_slots else None
         self.manager = self.files.manager(
-            host_slots, device=device, num_workers=num_workers, keep=keep
+            host_slots,
+            device=device,
+            num_workers=num_workers,
+            keep=keep,
+            disk=self.files.disk(self.drop_cache),
         )
 
     def held(self) -> Counter[ExpertKey]:
@@ -146,9 +155,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.manager.close()
 
 
-@pytest.mark.parametrize("help_nbytes", [0, 1 << 20])
-def test_random_use(files: ModelFiles, monkeypatch: pytest.MonkeyPatch, help_nbytes: int) -> None:
+@pytest.mark.parametrize(
+    ("help_nbytes", "drop_cache", "num_examples"),
+    [(0, False, 100), (1 << 20, False, 100), (0, True, 10)],  # direct reads take their time
+)
+def test_random_use(
+    files: ModelFiles,
+    monkeypatch: pytest.MonkeyPatch,
+    help_nbytes: int,
+    drop_cache: bool,
+    num_examples: int,
+) -> None:
     monkeypatch.setattr(offload.manager, "HELP_NBYTES", help_nbytes)
-    CacheMachine.files = files
-    steps = settings(max_examples=100, stateful_step_count=30, deadline=None)
+    CacheMachine.files, CacheMachine.drop_cache = files, drop_cache
+    steps = settings(max_examples=num_examples, stateful_step_count=30, deadline=None)
     run_state_machine_as_test(CacheMachine, settings=steps)

@@ -5,17 +5,18 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
 import pytest
-from offload_files import GatedDisk, ModelFiles, bytes_at
 
 import offload.manager
 from offload.errors import OffloadError
 from offload.manager import ExpertManager
 from offload.slots import SlotPool
 from offload.workers import Workers
+from tests.offload.offload_files import GatedDisk, ModelFiles, bytes_at
 
 
 def run_threads(tasks: list[Callable[[], None]]) -> None:
@@ -36,6 +37,13 @@ def run_threads(tasks: list[Callable[[], None]]) -> None:
         assert not thread.is_alive(), "a thread hangs"
     if failures:
         raise failures[0]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("device_slots", [0, 7])
@@ -106,8 +114,7 @@ def test_a_request_waits_until_another_thread_releases(files: ModelFiles) -> Non
 
     thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    while not manager._starved:
-        pass
+    wait_until(lambda: bool(manager._starved))
     manager.check_integrity()
     assert not done
     lease.release()
@@ -185,10 +192,14 @@ def test_an_interrupt_during_a_read_leaves_everything_whole(
     monkeypatch.setattr(offload.manager, "HELP_NBYTES", 0)
     device = SlotPool(device_slots, files.slot_nbytes, "cpu") if device_slots else None
 
+    interrupted = threading.Event()
+
     class Interrupted(GatedDisk):
         def read_into(self, key: tuple[int, int], buffer: memoryview) -> int:
             if threading.current_thread() is threading.main_thread():
+                interrupted.set()
                 raise KeyboardInterrupt
+            assert interrupted.wait(20)  # or the workers might leave the caller nothing to read
             return super().read_into(key, buffer)
 
     manager = files.manager(
@@ -224,8 +235,7 @@ def test_urgent_tasks_go_first_and_close_drops_the_rest() -> None:
     workers.submit(lambda: order.append("urgent"))
     workers.submit(lambda: (order.append("last"), None)[1], urgent=False)
     gate.set()
-    while len(order) < 2:
-        pass
+    wait_until(lambda: len(order) >= 2)
     assert order[:2] == ["urgent", "later"]
     workers.close()
     with pytest.raises(AssertionError, match="closed"):
@@ -255,7 +265,7 @@ def test_the_interpreter_exits_quietly_without_close(tmp_path: object, ending: s
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from offload_files import ModelFiles
+from tests.offload.offload_files import ModelFiles
 files = ModelFiles(Path(sys.argv[1]), layers=2, experts=16, nbytes=1 << 18)
 manager = files.manager(20)
 lease = manager.ensure(0, range(8))
