@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quant.convert import ConversionProgress, ConversionResult
 
 _RED, _YELLOW, _GREEN = "31;1", "33", "32"
-_PLAIN_STEP = 0.1  # of the work, between two lines where no bar can be drawn
+_PLAIN_PERCENT = 10  # between two lines where no bar can be drawn
 _PLAIN_SECONDS = 15.0
 
 
@@ -196,16 +196,16 @@ class _PlainProgress:
     """A line now and then, for logs."""
 
     def __init__(self) -> None:
-        self._share = 0.0
+        self._percent = 0
         self._time = time.monotonic()
 
     def __call__(self, now: "ConversionProgress") -> None:
-        share = now.done_nbytes / now.total_nbytes if now.total_nbytes else 1.0
-        step = share - self._share
+        percent = 100 * now.done_nbytes // max(now.total_nbytes, 1)
+        step = percent // _PLAIN_PERCENT - self._percent // _PLAIN_PERCENT
         waited = time.monotonic() - self._time
-        if step >= _PLAIN_STEP or (step > 0 and waited >= _PLAIN_SECONDS):
-            say(f"quantizing: {share:.0%}, error {now.error:.2%}, {_left(now)}".rstrip(", "))
-            self._share, self._time = share, time.monotonic()
+        if step > 0 or (percent > self._percent and waited >= _PLAIN_SECONDS):
+            say(f"quantizing: {percent}%, error {now.error:.2%}, {_left(now)}".rstrip(", "))
+            self._percent, self._time = percent, time.monotonic()
 
 
 def _left(now: "ConversionProgress") -> str:
