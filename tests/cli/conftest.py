@@ -21,6 +21,9 @@ class Outcome:
     err: str
 
 
+Command = Callable[..., Outcome]
+
+
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No test sees the settings, models or terminal of whoever runs it."""
@@ -43,12 +46,16 @@ def models(home: Path) -> Path:
 
 
 @pytest.fixture
-def cli(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Outcome]:
+def cli(real_cli: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs one command line with the fake engine."""
     fakes.install(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
     monkeypatch.setattr(fakes.FakeEngine, "opened", [])
+    return real_cli
+
+
+@pytest.fixture
+def real_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs one command line."""
     from moecli.cli import run_app
 
     def call(*args: str | Path, stdin: bytes = b"") -> Outcome:

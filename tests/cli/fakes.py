@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.errors import MoecliError
@@ -46,8 +46,8 @@ class FakeSession:
 class FakeEngine:
     """Opened engines are kept in `opened`, every call of generate in `calls`."""
 
-    opened: "list[FakeEngine]" = []
-    generation_config: dict[str, Any] = {}
+    opened: "ClassVar[list[FakeEngine]]" = []
+    generation_config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, path: Path, config: EngineConfig) -> None:
         self.path, self.config = path, config

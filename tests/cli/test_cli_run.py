@@ -66,8 +66,8 @@ def test_system_prompt_and_raw(cli, model) -> None:
 
 
 def test_sampling_flags_arrive(cli, model) -> None:
-    flags = "--temp 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --seed 3 -n 5 --stop a --stop b".split()
-    cli("run", model, "hi", *flags)
+    sampled = ["--temp", "0.5", "--top-p", "0.9", "--top-k", "7", "--min-p", "0.1", "--seed", "3"]
+    cli("run", model, "hi", *sampled, "-n", "5", "--stop", "a", "--stop", "b")
     sampling = FakeEngine.opened[-1].calls[-1][1]
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
     assert (sampling.min_p, sampling.seed, sampling.max_tokens) == (0.1, 3, 5)
@@ -75,7 +75,7 @@ def test_sampling_flags_arrive(cli, model) -> None:
 
 
 def test_engine_flags_arrive(cli, model) -> None:
-    flags = "--ctx 1k --ram 20MiB --threads 3 --kernels reference".split()
+    flags = ["--ctx", "1k", "--ram", "20MiB", "--threads", "3", "--kernels", "reference"]
     assert cli("run", model, "hi", *flags).code == 0
     config = FakeEngine.opened[-1].config
     assert (config.ctx, config.ram_nbytes, config.threads) == (1024, 20 << 20, 3)
