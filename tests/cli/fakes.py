@@ -46,7 +46,7 @@ class FakeSession:
 class FakeEngine:
     """Opened engines are kept in `opened`, every call of generate in `calls`."""
 
-    opened: "ClassVar[list[FakeEngine]]" = []
+    opened: ClassVar[list["FakeEngine"]] = []
     generation_config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, path: Path, config: EngineConfig) -> None:
@@ -143,6 +143,8 @@ class FakeEngine:
                     time.sleep(0.005)
             case "signs":
                 yield from "é 漢 👍🏽 [/INST] [bold]x[/bold]"
+            case "escape":
+                yield "\x1b[31mred\x07\tend"
             case "lines":
                 yield "one\ntwo\n"
             case "deaf":

@@ -24,9 +24,10 @@ def spawn(home: Path, model: str) -> Iterator[Spawn]:
     children: list[pexpect.spawn] = []
 
     def start(*args: str, **environment: str) -> pexpect.spawn:
+        out = environment.pop("SHELL_OUT", "/dev/tty")
         child = pexpect.spawn(
-            sys.executable,
-            ["-m", "tests.cli.fakes", *args],
+            "/bin/sh",
+            ["-c", f'exec "$0" "$@" > {out}', sys.executable, "-m", "tests.cli.fakes", *args],
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             cwd=str(home),
             encoding="utf-8",
@@ -132,6 +133,22 @@ def test_many_lines_and_wide_characters(chat: pexpect.spawn) -> None:
     chat.sendline("signs")
     chat.expect_exact("é 漢 👍🏽 [/INST] [bold]x[/bold]\r\n")
     chat.expect_exact(PROMPT)
+
+
+def test_model_text_cannot_steer_the_terminal(chat: pexpect.spawn, cli, model) -> None:
+    chat.sendline("escape")
+    chat.expect_exact("\u241b[31mred\u2407\tend\r\n")
+    assert cli("run", model, "escape").out == "\x1b[31mred\x07\tend\n", "piped it is data"
+
+
+def test_answers_alone_go_to_a_file(home: Path, spawn: Spawn, model: str) -> None:
+    child = spawn("chat", model, SHELL_OUT="answers.txt")
+    child.expect_exact(PROMPT)
+    child.sendline("one")
+    child.expect_exact("tok/s")
+    child.expect_exact(PROMPT)
+    assert leave(child) == 0
+    assert (home / "answers.txt").read_text() == "you said: one\n"
 
 
 def test_resize_while_it_writes_and_at_the_prompt(chat: pexpect.spawn) -> None:
