@@ -41,9 +41,14 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+# What a model must not send to a terminal: control characters, escapes above all. They are shown.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+
 def write_text(text: str) -> None:
-    """Model text: as it is, at once, never through markup."""
-    sys.stdout.write(text)
+    """Model text, at once, never through markup; piped, exactly as it is."""
+    sys.stdout.write(text.translate(_PICTURES) if is_terminal(sys.stdout) else text)
     sys.stdout.flush()
 
 

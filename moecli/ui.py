@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from moecli.events import GenerationStats
 from moecli.terminal import bold, dim, has_colors, is_terminal, say, styled
-from moecli.units import format_bandwidth, format_nbytes, format_seconds
+from moecli.units import format_bandwidth, format_nbytes, format_seconds, format_wait
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quant.convert import ConversionProgress, ConversionResult
 
 _RED, _YELLOW, _GREEN = "31;1", "33", "32"
-_PLAIN_STEP = 0.1  # of the work, between two lines where no bar can be drawn
+_PLAIN_PERCENT = 10  # between two lines where no bar can be drawn
 _PLAIN_SECONDS = 15.0
 
 
@@ -52,15 +52,14 @@ def show_table(headers: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]
     _console(sys.stdout).print(table)
 
 
-def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Label and value, one pair a line; piped, with a tab between."""
-    if not is_terminal(sys.stdout):
-        for label, value in pairs:
-            print(f"{label}\t{value}")
-        return
-    width = max((len(label) for label, _ in pairs), default=0)
-    for label, value in pairs:
-        print(f"{dim(label.ljust(width), sys.stdout)}  {value}")
+def show_pairs(pairs: Sequence[tuple[str, str, str]]) -> None:
+    """(label, value for people, value in full), one a line; piped, label, tab, value in full."""
+    width = max((len(label) for label, _, _ in pairs), default=0)
+    for label, shown, full in pairs:
+        if is_terminal(sys.stdout):
+            print(f"{dim(label.ljust(width), sys.stdout)}  {shown}")
+        else:
+            print(f"{label}\t{full}")
 
 
 def show_checks(checks: Sequence[tuple[str, str, str, str | None]]) -> None:
@@ -196,20 +195,20 @@ class _PlainProgress:
     """A line now and then, for logs."""
 
     def __init__(self) -> None:
-        self._share = 0.0
+        self._percent = 0
         self._time = time.monotonic()
 
     def __call__(self, now: "ConversionProgress") -> None:
-        share = now.done_nbytes / now.total_nbytes if now.total_nbytes else 1.0
-        step = share - self._share
+        percent = 100 * now.done_nbytes // max(now.total_nbytes, 1)
+        step = percent // _PLAIN_PERCENT - self._percent // _PLAIN_PERCENT
         waited = time.monotonic() - self._time
-        if step >= _PLAIN_STEP or (step > 0 and waited >= _PLAIN_SECONDS):
-            say(f"quantizing: {share:.0%}, error {now.error:.2%}, {_left(now)}".rstrip(", "))
-            self._share, self._time = share, time.monotonic()
+        if step > 0 or (percent > self._percent and waited >= _PLAIN_SECONDS):
+            say(f"quantizing: {percent}%, error {now.error:.2%}, {_left(now)}".rstrip(", "))
+            self._percent, self._time = percent, time.monotonic()
 
 
 def _left(now: "ConversionProgress") -> str:
-    return "" if now.eta_s is None else f"{format_seconds(now.eta_s)} left"
+    return "" if now.eta_s is None else f"{format_wait(now.eta_s)} left"
 
 
 def show_conversion(result: "ConversionResult", model: str) -> None:
@@ -236,45 +235,39 @@ def show_conversion(result: "ConversionResult", model: str) -> None:
 
 def show_plan(title: str, ctx: int, plan: "MemoryPlan") -> None:
     """What lies where, and how fast that should be."""
-    device = plan.vram_budget > 0
-    where_fixed = 0 if device else 1
-    rows: list[tuple[str, list[str]]] = []
-
-    def add(label: str, column: int, nbytes: int) -> None:
-        cells = ["", "", ""]
-        cells[column] = format_nbytes(nbytes)
-        rows.append((label, cells))
-
-    add("dense weights", where_fixed, plan.dense_nbytes)
-    if plan.embedding_nbytes:
-        add("embedding", 1, plan.embedding_nbytes)
-    add(f"KV cache, {ctx} tokens", where_fixed, plan.kv_nbytes)
-    add("workspace", where_fixed, plan.workspace_nbytes)
-    experts = [
-        _slots(plan.device_slots, plan.total_experts, plan.device_pool_nbytes),
-        _slots(plan.host_slots, plan.total_experts, plan.host_arena_nbytes),
-        format_nbytes(plan.disk_nbytes) if plan.disk_nbytes else "",
+    fixed = "VRAM" if plan.vram_budget else "RAM"
+    experts = {"VRAM": plan.device_pool_nbytes, "RAM": plan.host_arena_nbytes}
+    free = {"VRAM": plan.vram_free, "RAM": plan.ram_free}
+    lines: list[tuple[str, dict[str, int]]] = [
+        ("dense weights", {fixed: plan.dense_nbytes}),
+        ("embedding", {"RAM": plan.embedding_nbytes}),
+        (f"KV cache, {ctx} tokens", {fixed: plan.kv_nbytes}),
+        ("workspace", {fixed: plan.workspace_nbytes}),
+        ("experts", {**experts, "disk only": plan.disk_nbytes}),
+        ("free of the budget", free),
+        ("budget", {"VRAM": plan.vram_budget, "RAM": plan.ram_budget}),
     ]
-    rows.append(("experts", experts))
-    free = [format_nbytes(plan.vram_free), format_nbytes(plan.ram_free), ""]
-    rows.append(("free of the budget", free))
-    columns = [0, 1, 2] if device else [1, 2]
-    headers = [title, *(("VRAM", "RAM", "disk only")[column] for column in columns)]
-    show_table(
-        headers, [[(c, c) for c in (label, *(cells[i] for i in columns))] for label, cells in rows]
-    )
-    print(_prediction(plan))
+    columns = [name for name in ("VRAM", "RAM", "disk only") if name != "VRAM" or plan.vram_budget]
+    rows = [
+        [(label, label), *(_size_cell(cells.get(column, 0)) for column in columns)]
+        for label, cells in lines
+    ]
+    show_table((title, *columns), rows)
+    slots = plan.device_slots + plan.host_slots
+    places = f"{slots} places for {plan.total_experts} experts"
+    speed = "unknown, as long as a bandwidth is"
+    if plan.predicted_tok_s is not None:
+        speed = f"{plan.predicted_tok_s:.1f} tok/s predicted, bound by {plan.bottleneck}"
+    if is_terminal(sys.stdout):
+        print(f"\n{places}; decode: {speed}")
+    else:
+        print(f"slots\t{slots}\t{plan.total_experts}")
+        print(f"decode tok/s\t{plan.predicted_tok_s or ''}\t{plan.bottleneck or ''}")
 
 
-def _slots(slots: int, total: int, nbytes: int) -> str:
-    return f"{format_nbytes(nbytes)} ({slots} of {total})" if slots else ""
-
-
-def _prediction(plan: "MemoryPlan") -> str:
-    if plan.predicted_tok_s is None:
-        return "decode\tunknown: no bandwidth measured" if not is_terminal(sys.stdout) else ""
-    text = f"{plan.predicted_tok_s:.1f} tok/s predicted, bound by {plan.bottleneck}"
-    return f"decode\t{text}" if not is_terminal(sys.stdout) else f"\ndecode: {text}"
+def _size_cell(nbytes: int) -> tuple[str, str]:
+    """For people, and in full."""
+    return (format_nbytes(nbytes) if nbytes else "", str(nbytes))
 
 
 def bandwidth(value: float | None) -> str:

@@ -91,8 +91,11 @@ def format_params(count: int) -> str:
 
 def format_seconds(seconds: float) -> str:
     """`0.42 s`, `12 s`, `3m 05s`, `2h 10m`."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
+    return f"{seconds:.2f} s" if seconds < 10 else format_wait(seconds)
+
+
+def format_wait(seconds: float) -> str:
+    """The same in whole seconds, for what can only be guessed."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -83,7 +83,7 @@ def _package(name: str) -> Check:
 
 
 def _processor(machine: "Machine") -> Check:
-    found = f"{machine.cpu_name or 'unknown'}, {machine.physical_cores or '?'} cores"
+    found = f"{machine.cpu_name or 'unknown'}, cores: {machine.physical_cores or 'unknown'}"
     found += f", {' '.join(machine.isa) or 'no vector instructions known'}"
     if _FAST_ISA.isdisjoint(machine.isa):
         return Check("warn", "processor", found, "moecli will be slow without AVX2 or NEON")

@@ -91,7 +91,7 @@ def _make(
 ) -> tuple[int, "MemoryPlan"]:
     """(context, plan). Raises MoecliError with the largest context that fits, where one does."""
     from moecli.engine import context_size
-    from moecli.footprint import KV_ITEMSIZE, model_footprint
+    from moecli.footprint import KV_ITEMSIZE, model_footprint, workspace_nbytes
     from moecli.models.config import ModelSpec
     from offload.plan import largest_context, make_plan
 
@@ -104,7 +104,13 @@ def _make(
         return ctx, make_plan(footprint, machine, *budgets)
     except OffloadError as error:
         largest = largest_context(
-            footprint, machine, lambda n: spec.kv_nbytes(n, KV_ITEMSIZE), ctx, *budgets
+            replace(footprint, workspace_nbytes=0),  # it grows with the context as the cache does
+            machine,
+            lambda n: (
+                spec.kv_nbytes(n, KV_ITEMSIZE) + workspace_nbytes(spec, n, config.prefill_chunk)
+            ),
+            ctx,
+            *budgets,
         )
         if largest is None:
             raise

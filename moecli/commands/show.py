@@ -83,21 +83,25 @@ def readable_directory(name: str) -> Path:
     return store.demo_source() if name == store.DEMO and not store.is_model(path) else path
 
 
-def _pairs(summary: ModelSummary) -> list[tuple[str, str]]:
+def _pairs(summary: ModelSummary) -> list[tuple[str, str, str]]:
+    """Label, value for people, value in full."""
     shared = " and a shared one" if summary.shared_expert else ""
     if summary.scheme is None:
         schemes = "none: as trained"
     else:
         schemes = f"{summary.scheme} in experts, {summary.dense_scheme or '16 bits'} elsewhere"
-    params = format_params(summary.num_params)
+    params, active = summary.num_params, summary.num_active_params
+    layers = f"{summary.num_layers}, {summary.num_moe_layers} of them with experts"
+    experts = f"{summary.num_experts} a layer, {summary.experts_per_token} a token{shared}"
     return [
-        ("model", summary.name),
-        ("architecture", summary.architecture),
-        ("parameters", f"{params}, {format_params(summary.num_active_params)} active a token"),
-        ("layers", f"{summary.num_layers}, {summary.num_moe_layers} of them with experts"),
-        ("experts", f"{summary.num_experts} a layer, {summary.experts_per_token} a token{shared}"),
-        ("context", f"{summary.max_context} tokens"),
-        ("scheme", schemes),
-        ("size", format_nbytes(summary.nbytes)),
-        ("path", summary.path),
+        ("model", summary.name, summary.name),
+        ("architecture", summary.architecture, summary.architecture),
+        ("parameters", format_params(params), str(params)),
+        ("active", f"{format_params(active)} a token", str(active)),
+        ("layers", layers, layers),
+        ("experts", experts, experts),
+        ("context", f"{summary.max_context} tokens", str(summary.max_context)),
+        ("scheme", schemes, schemes),
+        ("size", format_nbytes(summary.nbytes), str(summary.nbytes)),
+        ("path", summary.path, summary.path),
     ]
