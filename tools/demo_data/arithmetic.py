@@ -31,7 +31,7 @@ ASK_HELD_OUT = [
 ANSWER = ["{q} = {r}", "{q} = {r}.", "{r}", "The answer is {r}.", "{q} is {r}.", "{q} = {r}"]
 
 
-SPOKEN = {"+": "plus", "-": "minus", "*": "times"}
+SPOKEN = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 NUMBERS = split(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen twenty"
@@ -47,19 +47,20 @@ def expression(a: int, op: str, b: int, rng: random.Random) -> str:
 
 
 def apply(a: int, op: str, b: int) -> int:
-    return {"+": a + b, "-": a - b, "*": a * b}[op]
+    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
 
 
 def easy(rng: random.Random) -> tuple[int, str, int]:
     roll = rng.random()
-    if roll < 0.45:
+    if roll < 0.5:
         total = rng.randint(0, 20)
         a = rng.randint(0, total)
         return a, "+", total - a
-    if roll < 0.65:
+    if roll < 0.68:
         a = rng.randint(0, 20)
         return a, "-", rng.randint(0, a)
-    return rng.randint(0 if rng.random() < 0.1 else 1, 12), "*", rng.randint(1, 12)
+    a, b = rng.randint(0 if rng.random() < 0.1 else 1, 12), rng.randint(1, 12)
+    return (a * b, "/", b) if roll > 0.93 else (a, "*", b)
 
 
 def steps(a: int, op: str, b: int) -> str:
@@ -88,7 +89,7 @@ def hard(rng: random.Random) -> tuple[int, str, int]:
 
 
 def question(rng: random.Random) -> list:
-    if rng.random() < 0.68:
+    if rng.random() < 0.75:
         a, op, b = easy(rng)
         q = expression(a, op, b, rng)
         r = apply(a, op, b)

@@ -77,6 +77,8 @@ def capital(rng: random.Random, folder: Path) -> list:
         ask, tell = rng.choice(ASK_CAPITAL), rng.choice(TELL_CAPITAL)
         ask = ask.format(c=c)
         tell = tell.format(c=c, k=city)
+        if rng.random() < 0.1:  # as it is often typed
+            ask = ask.lower()
         return [
             user(ask[:1].upper() + ask[1:] if ask[0] == "t" else ask, rng),
             ("assistant", tell[:1].upper() + tell[1:]),

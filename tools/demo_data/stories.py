@@ -340,7 +340,11 @@ def request(rng: random.Random, c: Cast, asks: list[str], plot: str = "") -> str
         athing=a(c.thing),
         place=c.place,
     )
-    if plot and rng.random() < 0.4:
+    if plot and rng.random() < 0.1:  # nobody named: the hero is the model's choice
+        if rng.random() < 0.5:
+            return rng.choice(["Tell me a story.", "Write a short story.", "I want a story."])
+        hero = a(c.kind)
+    elif plot and rng.random() < 0.4:
         deed = rng.choice(DEEDS[plot]).format(
             athing=a(c.thing),
             ahelper=a(c.helper),
