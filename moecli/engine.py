@@ -192,7 +192,8 @@ def _manager(
         for expert in range(spec.num_experts)
     }
     arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
-    return ExpertManager(DiskTier(spans), arena, keep=keep, trace=trace)
+    disk = DiskTier(spans, drop_cache=plan.drop_cache)
+    return ExpertManager(disk, arena, keep=keep, trace=trace)
 
 
 def _read_generation_config(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def generate(
     logits: Tensor | None = None  # [V]
     while reason is None and len(session.tokens) < len(token_ids):
         chunk = token_ids[len(session.tokens) :][: runtime.prefill_chunk]
-        logits = _forward(runtime.decoder, session, chunk)
+        logits = _forward(runtime, session, chunk)
         yield PrefillProgress(len(session.tokens) - cached, len(token_ids) - cached)
         reason = "cancelled" if cancelled() else None
     generator = new_generator(sampling.seed)
@@ -68,7 +68,7 @@ def generate(
             yield TextDelta(delta)
         reason = _why_stop(runtime, session, answer, sampling, cancelled)
         if reason is None:
-            logits = _forward(runtime.decoder, session, [token])
+            logits = _forward(runtime, session, [token])
     if delta := answer.end():
         yield TextDelta(delta)
     stats = meter.stats(len(token_ids), cached, answer.num_tokens)
@@ -81,9 +81,10 @@ def peak_rss_nbytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _forward(decoder: Decoder, session: Session, tokens: list[int]) -> Tensor:
+def _forward(runtime: Runtime, session: Session, tokens: list[int]) -> Tensor:
     """Logits [V] after `tokens`, which the session then holds."""
-    logits = decoder.forward(Batch.of(torch.tensor(tokens), session.cache))  # [1, V]
+    runtime.manager.begin_step()
+    logits = runtime.decoder.forward(Batch.of(torch.tensor(tokens), session.cache))  # [1, V]
     session.tokens.extend(tokens)
     return logits[0]
 

@@ -1,47 +1,19 @@
 """Fixtures that several end-to-end tests share: the command, and tiny quantized models."""
 
-import io
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.commands import Command, Outcome, home, real_cli
 from tests.e2e import tiny
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one call of the command left."""
-
-    code: int
-    out: str
-    err: str
+__all__ = ["Command", "Outcome", "home", "real_cli"]
 
 
 @pytest.fixture
-def moecli(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Outcome]:
-    """Runs the command in this process, in a home of its own, and gives exit code and output."""
-    for name in ("MOECLI_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-
-    def call(*args: str | Path, stdin: bytes | None = None) -> Outcome:
-        from moecli.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["moecli", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 0
-        captured = capfd.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+def moecli(home: Path, real_cli: Command) -> Command:
+    """Runs the real command, with no fake behind it."""
+    return real_cli
 
 
 @pytest.fixture

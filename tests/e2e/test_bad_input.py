@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.commands import Command, Outcome
 from tests.e2e import tiny
-from tests.e2e.conftest import Outcome
 
-Command = Callable[..., Outcome]
 SHARD = "model.safetensors"
 
 

@@ -15,6 +15,7 @@ from tests.e2e.conftest import quantize
 # thread stacks, lazily loaded parts of torch.
 CONSTANT_NBYTES = 40 << 20
 MIB = 1 << 20
+ROOT = Path(__file__).resolve().parents[2]
 
 CHILD = """
 import json, resource, sys
@@ -45,7 +46,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("budget", [12 * MIB, 20 * MIB])
 def test_peak_memory_is_the_budget_and_a_constant(wide: Path, budget: int) -> None:
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(wide), str(budget)],
         env=environment,
