@@ -24,7 +24,6 @@ def stream_answer(
                 case PrefillProgress():
                     status.update(event.done, event.total)
                 case TextDelta(text):
-                    status.stop()
                     write(text)
                     last = text
                 case Finished():

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from typing import Annotated
 
 import typer
@@ -87,17 +86,23 @@ def run_app(args: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except (MoecliError, QuantError, OffloadError, typer.TyperException, OSError) as error:
-        if debugging():
-            traceback.print_exc()
+        _trace()
         return _report(error)
     except Exception as error:  # noqa: BLE001
-        if debugging():
-            traceback.print_exc()
+        _trace()
         ui.show_error(
             f"internal error: {type(error).__name__}: {error}",
             None if debugging() else "this is a bug in moecli; MOECLI_DEBUG=1 shows where",
         )
         return 1
+
+
+def _trace() -> None:
+    """Show where it failed, to whoever asked for it."""
+    if debugging():
+        import traceback
+
+        traceback.print_exc()
 
 
 def _report(error: Exception) -> int:

@@ -36,8 +36,7 @@ def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     )
     a_token = 4 * spec.hidden_size + heads + 2 * spec.experts_per_token * spec.hidden_size
     a_token += 3 * inner
-    context_kv = 2 * spec.num_kv_heads * spec.head_dim * ctx  # one layer's, as fp32
-    return COMPUTE_ITEMSIZE * (tokens * a_token + context_kv + 2 * spec.vocab_size)
+    return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
 
 
 def model_footprint(

@@ -20,6 +20,7 @@ class Session:
 
         Returns how many tokens stay; a ring cache may keep fewer than the common prefix.
         """
+        del self.tokens[self.cache.length :]  # a step that failed may have cost some of them
         common = 0
         for ours, theirs in zip(self.tokens, token_ids[:-1], strict=False):
             if ours != theirs:

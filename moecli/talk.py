@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moecli.answering import stream_answer
 from moecli.chat import Conversation
 from moecli.config import SamplingConfig
+from moecli.errors import MoecliError
 from moecli.events import Finished, GenerationStats
 from moecli.terminal import say
 
@@ -74,6 +75,8 @@ class Talk:
                     self.session, token_ids, self.sampling, cancelled
                 )
             )
+        except MoecliError:  # told before anything was computed
+            raise
         except BaseException:
             self.session.reset()  # the KV cache may hold half a step
             raise

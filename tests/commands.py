@@ -26,7 +26,7 @@ Command = Callable[..., Outcome]
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No test sees the settings, models or terminal of whoever runs it."""
     for name in list(os.environ):
-        if name.startswith(("MOECLI_", "XDG_")) or name == "NO_COLOR":
+        if name.startswith(("MOECLI_", "XDG_")) or name in ("NO_COLOR", "PYTHONUNBUFFERED"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "80")

@@ -97,6 +97,8 @@ class FakeEngine:
         question = context.rpartition("<user>")[2].removesuffix("\n<assistant>")
         if question == "too long":
             raise MoecliError("the prompt has 9999 tokens; the context holds 2048", "shorten it")
+        if question == "once" and len(self.calls) > 1:
+            raise MoecliError("I said it once", "ask something else")
         cached = 0
         while cached < min(len(session.tokens), len(token_ids) - 1):
             if session.tokens[cached] != token_ids[cached]:

@@ -72,6 +72,7 @@ def test_help_names_every_command(chat) -> None:
 def test_clear_forgets_the_turns_and_keeps_the_system_prompt(chat) -> None:
     chat("one", "/clear", "two", flags=("-s", "Be brief."))
     assert contexts()[1] == "<system>Be brief.\n<user>two\n<assistant>"
+    assert "context  0 of 2048 tokens\nanswers  0\n" in chat("one", "/clear", "/stats").err
 
 
 def test_system(chat) -> None:
@@ -167,6 +168,12 @@ def test_regen_asks_the_last_question_again(chat) -> None:
     assert chat("one", "/regen").out == "you said: one\nyou said: one\n"
     assert contexts()[0] == contexts()[1]
     assert "no answer to write anew" in chat("/regen").err
+
+
+def test_regen_that_fails_keeps_the_old_answer(chat) -> None:
+    outcome = chat("once", "/regen", "two")
+    assert outcome.err == "error: I said it once\n\nhint: ask something else\n"
+    assert contexts()[-1] == "<user>once\n<assistant>you said: once\n<user>two\n<assistant>"
 
 
 def test_read_puts_a_file_before_the_next_message(chat, home) -> None:

@@ -93,23 +93,23 @@ def test_usage_errors(cli, args, message) -> None:
     assert re.search(r"\n\nhint: `moecli( \w+)? -h` shows how it is used\n$", outcome.err)
 
 
-def test_reader_that_leaves_is_no_failure_to_talk_about(models) -> None:
-    """`moecli list | head -1` on more than a pipe holds."""
+@pytest.mark.parametrize("count", [1, 1000], ids=["less than a buffer", "more than a pipe"])
+def test_reader_that_leaves_is_no_failure_to_talk_about(count: int) -> None:
+    """As in `moecli list | head -1`."""
     code = (
         "import sys; from moecli import store; from moecli.cli import main;"
-        "m = store.StoredModel('n' * 1000, 'p', 's', 1, 't');"
-        "store.models = lambda: [m] * 1000; sys.argv = ['moecli', 'list']; main()"
+        "m = [store.StoredModel('n' * 1000, 'p', 's', 1, 't')] * int(sys.argv[1]);"
+        "store.models = lambda: m; sys.argv = ['moecli', 'list']; main()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, str(count)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        process.stdout.read(10)
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1

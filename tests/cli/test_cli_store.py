@@ -169,6 +169,7 @@ def test_rm_deletes_only_in_the_store(cli, home, models, model) -> None:
     for name in (elsewhere, "elsewhere", f"{models}/../models/{model}/..", "..", "."):
         outcome = cli("rm", "-y", name)
         assert outcome.code == 1, name
+        assert "internal" not in outcome.err, name
     assert store.is_model(elsewhere)
     assert store.is_model(models / model)
 

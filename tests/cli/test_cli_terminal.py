@@ -169,8 +169,13 @@ def test_resize_while_it_writes_and_at_the_prompt(chat: pexpect.spawn) -> None:
 
 
 def test_errors_leave_the_chat_open(chat: pexpect.spawn) -> None:
+    chat.sendline("one")
+    chat.expect_exact(PROMPT)
     chat.sendline("too long")
     chat.expect_exact("the prompt has 9999 tokens")
+    chat.expect_exact(PROMPT)
+    chat.sendline("/stats")
+    chat.expect_exact("context  34 of 2048 tokens")
     chat.expect_exact(PROMPT)
     chat.sendline("/nonsense")
     chat.expect_exact("there is no command `/nonsense`")
@@ -233,6 +238,9 @@ def test_second_ctrl_c_is_not_held_back(chat: pexpect.spawn) -> None:
     chat.expect_exact(PROMPT)
     chat.sendline("/save talk.json")
     chat.expect_exact("saved 0 answers")
+    chat.expect_exact(PROMPT)
+    chat.sendline("/stats")
+    chat.expect_exact("context  0 of 2048 tokens")  # what half a step left is dropped
 
 
 def test_rm_asks(spawn: Spawn, models: Path, model: str) -> None:
