@@ -59,9 +59,7 @@ def quantize_model(
     spec = ModelSpec.from_hf(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     conversion = plan_conversion(spec, shapes, dense_scheme)
-    config["quantization_config"] = quantization_config(
-        scheme, dense_scheme, conversion.ignore
-    )
+    config["quantization_config"] = quantization_config(scheme, dense_scheme, conversion.ignore)
     job = ConversionJob(
         source=checkpoint,
         out=out,

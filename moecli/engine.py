@@ -53,11 +53,13 @@ class Engine:
         self.ctx = context_size(config.ctx, self.spec)
         self.plan = _plan(checkpoint, self.spec, self.ctx, config)
         self._manager = _manager(checkpoint, self.spec, self.plan, config.keep_experts, trace)
+        experts = OffloadedExperts(self._manager, checkpoint.layout, self.spec)
         self.decoder = Decoder(
             self.spec,
             dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense),
-            OffloadedExperts(self._manager, checkpoint.layout, self.spec),
+            experts,
             COMPUTE_DTYPE,
+            guesses=self.spec.experts_per_token if experts.reads_ahead else 0,
         )
         self._runtime = Runtime(
             self.decoder, self.tokenizer, self._manager, self.ctx, config.prefill_chunk
@@ -126,7 +128,7 @@ class Engine:
         if len(token_ids) >= self.ctx:
             raise MoecliError(
                 f"the prompt has {len(token_ids)} tokens; the context holds {self.ctx}",
-                f"shorten it, or give a longer `--ctx` (the model's limit: {self.spec.max_context})",
+                f"shorten it, or give a longer `--ctx`, {self.spec.max_context} at most",
             )
         return generate(self._runtime, session, token_ids, sampling, cancelled)
 

@@ -79,11 +79,11 @@ class SlotTable:
             held.append(entry)
         if not absent:
             return addresses, held, []
-        assert len(addresses) <= self.capacity, (
-            f"{len(addresses)} experts asked for at once, but there are {self.capacity} slots"
-        )
         if len(absent) > self.num_reclaimable:
             self.unpin(held)
+            assert len(addresses) <= self.capacity, (
+                f"{len(addresses)} experts asked for at once, but there are {self.capacity} slots"
+            )
             return None
         missing = [self.reserve(key) for key in absent]
         for entry in missing:

@@ -1,7 +1,6 @@
 """Knows directories of safetensors files: foreign ones, and those that moecli has written.
 
-Knows no model family: names of tensors mean nothing here, except the suffixes of a quantized
-weight and the table of experts in the manifest.
+Knows no model family: names mean nothing here, except the suffixes of a quantized weight.
 """
 
 import hashlib
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from quant.errors import QuantError
 from quant.layout import ExpertLayout
+from quant.manifest import MANIFEST_FILE, Manifest
 from quant.safetensors_file import SafetensorsFile
 from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
@@ -24,8 +24,6 @@ from quant.tensor import QuantizedWeight
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MANIFEST_FILE = "moecli.json"
-FORMAT_VERSION = 1
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAMPLES = 64  # blocks of each file that go into a fingerprint
 _BLOCK_NBYTES = 4096
@@ -119,37 +117,26 @@ class QuantizedCheckpoint:
     """A directory that moecli has written, with its manifest."""
 
     checkpoint: Checkpoint
-    manifest: Mapping[str, Any]
-    layout: ExpertLayout
-    dense_scheme: QuantScheme | None
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: Path) -> "QuantizedCheckpoint":
-        """Raises QuantError where it is not one, or not of this version, or damaged."""
+        """Raises QuantError where it is not one, or not of this version, or incomplete."""
         if path.is_dir() and not (path / MANIFEST_FILE).exists():
             raise QuantError(
                 f"`{path}` was not written by moecli", f"`moecli quantize {path}` converts it"
             )
-        manifest = read_json(path / MANIFEST_FILE)
-        if manifest.get("format") != FORMAT_VERSION:
-            raise QuantError(
-                f"`{path}` has format {manifest.get('format')!r}; this moecli reads "
-                f"{FORMAT_VERSION}",
-                "quantize the model again, or use the moecli that wrote it",
-            )
-        dense = manifest["dense_scheme"]
-        quantized = cls(
-            Checkpoint.open(path),
-            manifest,
-            ExpertLayout(
-                manifest["hidden_size"],
-                manifest["intermediate_size"],
-                QuantScheme.parse(manifest["scheme"]),
-            ),
-            None if dense is None else QuantScheme.parse(dense),
-        )
-        quantized._check_sizes()
-        return quantized
+        manifest = Manifest.decode(path / MANIFEST_FILE, read_json(path / MANIFEST_FILE))
+        for name, record in manifest.files.items():
+            file = path / name
+            if not file.exists():
+                raise QuantError(f"`{file}` is missing", "quantize the model again")
+            if file.stat().st_size != record.nbytes:
+                raise QuantError(
+                    f"`{file}` has {file.stat().st_size} bytes, not {record.nbytes}",
+                    "the copy is incomplete; quantize the model again",
+                )
+        return cls(Checkpoint.open(path), manifest)
 
     @property
     def path(self) -> Path:
@@ -160,21 +147,29 @@ class QuantizedCheckpoint:
         return self.checkpoint.config
 
     @property
+    def layout(self) -> ExpertLayout:
+        return self.manifest.layout
+
+    @property
     def scheme(self) -> QuantScheme:
         return self.layout.scheme
 
     @property
+    def dense_scheme(self) -> QuantScheme | None:
+        return self.manifest.dense_scheme
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that have routed experts."""
-        return tuple(int(layer) for layer in self.manifest["layers"])
+        return tuple(self.manifest.experts)
 
     def num_experts(self, layer: int) -> int:
-        return len(self.manifest["layers"][str(layer)])
+        return len(self.manifest.experts[layer])
 
     def expert_span(self, layer: int, expert: int) -> tuple[Path, int, int]:
         """(file, offset, nbytes) of one expert's bytes."""
-        shard, offset = self.manifest["layers"][str(layer)][expert]
-        return self.path / self.manifest["shards"][shard], offset, self.layout.nbytes
+        file, offset = self.manifest.experts[layer][expert]
+        return self.path / file, offset, self.layout.nbytes
 
     def dense(self, name: str) -> QuantizedWeight | Tensor:
         """What is not a routed expert, by its name in the source, with or without `.weight`."""
@@ -193,30 +188,20 @@ class QuantizedCheckpoint:
 
         `progress` is called with (bytes done, bytes in total).
         """
-        total = sum(record["nbytes"] for record in self.manifest["files"].values())
+        files = self.manifest.files
+        total = sum(record.nbytes for record in files.values())
         done = 0
-        for name, record in self.manifest["files"].items():
+        for name, record in files.items():
             digest = hashlib.sha256()
             for block in _blocks(self.path / name):
                 digest.update(block)
                 done += len(block)
                 if progress is not None:
                     progress(done, total)
-            if digest.hexdigest() != record["sha256"]:
+            if digest.hexdigest() != record.sha256:
                 raise QuantError(
                     f"`{self.path / name}` is not what was written: its checksum differs",
                     "quantize the model again",
-                )
-
-    def _check_sizes(self) -> None:
-        for name, record in self.manifest["files"].items():
-            file = self.path / name
-            if not file.exists():
-                raise QuantError(f"`{file}` is missing", "quantize the model again")
-            if file.stat().st_size != record["nbytes"]:
-                raise QuantError(
-                    f"`{file}` has {file.stat().st_size} bytes, not {record['nbytes']}",
-                    "the copy is incomplete; quantize the model again",
                 )
 
 

@@ -21,17 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.checkpoint import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    Checkpoint,
-    read_json,
-)
+from quant.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, read_json
 from quant.errors import QuantError
 from quant.items import DenseItem, ExpertItem, SliceReader, TensorSlice
 from quant.journal import Journal, other_job
+from quant.manifest import FORMAT_VERSION, MANIFEST_FILE, FileRecord, Manifest
 from quant.quantize import SquaredError, quantize_measured
 from quant.safetensors_file import memory_of, write_fully
 from quant.scheme import QuantScheme
@@ -236,11 +230,11 @@ class _Conversion:
         )
 
     def _take_manifest(self) -> None:
-        manifest = read_json(self.job.partial / MANIFEST_FILE)
-        if manifest.get("job") != self.key:
+        path = self.job.partial / MANIFEST_FILE
+        manifest = Manifest.decode(path, read_json(path))
+        if manifest.job != self.key:
             raise other_job(self.job.partial)
-        for kind, sums in manifest["squared_errors"].items():
-            self.errors[kind] = SquaredError(*sums)
+        self.errors = {kind: SquaredError(*e) for kind, e in manifest.squared_errors.items()}
         self.units_resumed = len(self.plan.units)
 
     def _check_space(self) -> None:
@@ -382,35 +376,29 @@ class _Conversion:
         for name in self.job.extra_files:
             contents[name] = (source / name).read_bytes()
         files = {
-            shard.name: {"nbytes": shard.nbytes, "sha256": self.digests[shard.name]}
+            shard.name: FileRecord(shard.nbytes, self.digests[shard.name])
             for shard in self.plan.shards
         }
         for name, content in contents.items():
-            digest = hashlib.sha256(content).hexdigest()
-            files[name] = {"nbytes": len(content), "sha256": digest}
+            files[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
             _write_file(partial / name, content)
         temporary = partial / f"{MANIFEST_FILE}.tmp"
-        _write_file(temporary, _json_bytes(self._manifest(files)))
+        _write_file(temporary, self._manifest(files).encode())
         with writing(partial):
             _sync_directory(partial)
             os.replace(temporary, partial / MANIFEST_FILE)
             _sync_directory(partial)
 
-    def _manifest(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        job, layout = self.job, self.plan.layout
-        return {
-            "format": FORMAT_VERSION,
-            "job": self.key,
-            "source": job.source.fingerprint,
-            "scheme": job.scheme.name,
-            "dense_scheme": None if job.dense_scheme is None else job.dense_scheme.name,
-            "hidden_size": layout.hidden_size,
-            "intermediate_size": layout.intermediate_size,
-            "squared_errors": {kind: [e.error, e.total] for kind, e in self.errors.items()},
-            "files": files,
-            "shards": [shard.name for shard in self.plan.shards],
-            "layers": {str(layer): table for layer, table in self.plan.layers.items()},
-        }
+    def _manifest(self, files: dict[str, FileRecord]) -> Manifest:
+        return Manifest(
+            job=self.key,
+            source=self.job.source.fingerprint,
+            layout=self.plan.layout,
+            dense_scheme=self.job.dense_scheme,
+            squared_errors={kind: (e.error, e.total) for kind, e in self.errors.items()},
+            files=files,
+            experts={layer: tuple(table) for layer, table in self.plan.experts.items()},
+        )
 
 
 def _job_key(job: ConversionJob) -> str:

@@ -15,7 +15,8 @@ from quant.scheme import QuantScheme
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Tensors that need not be taken whole are read in blocks of about this many bytes.
-_BLOCK_NBYTES = 32 << 20
+_BLOCK_NBYTES = 8 << 20
+_TRANSPOSED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class SliceReader:
     _tensor: Tensor | None = field(default=None, repr=False)
 
     def blocks(self, part: TensorSlice) -> Iterator[Tensor]:
-        """The rows of a slice, in order, some at a time: tensors of any strides."""
+        """The rows of a slice, in order, some at a time."""
         shape = shape_of(self.source, part)
         if not shape:
             yield self.source.read(part.name)
@@ -110,14 +111,16 @@ class SliceReader:
         row_nbytes = self.source.info(part.name).dtype.itemsize
         for size in shape[1:]:
             row_nbytes *= size
-        step = max(1, _BLOCK_NBYTES // max(1, row_nbytes))
+        step = _TRANSPOSED_ROWS if part.transpose else max(1, _BLOCK_NBYTES // max(1, row_nbytes))
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            if part.index is None and not part.transpose:
-                yield self.source.read_rows(part.name, first, last)
+            if part.transpose:
+                # Two copies, each along the grain, are several times faster than one across it.
+                yield self._hold(part.name, part.index)[:, first:last].contiguous().t().contiguous()
+            elif part.index is not None:
+                yield self._hold(part.name, part.index)[first:last]
             else:
-                whole = self._hold(part.name, part.index)
-                yield (whole.t() if part.transpose else whole)[first:last]
+                yield self.source.read_rows(part.name, first, last)
 
     def release(self) -> None:
         self._held = self._tensor = None

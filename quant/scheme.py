@@ -65,7 +65,8 @@ class QuantScheme:
             raise QuantError(
                 f"`{name}` of shape [{out_features}, {in_features}] does not divide into groups "
                 f"of {self.group_size}",
-                "use a smaller `--group-size`",
+                "use smaller groups: `--group-size 32` for experts, `--dense-scheme int8-g32` for "
+                "the rest",
             )
 
     def packed_shape(self, out_features: int, in_features: int) -> tuple[int, int]:

@@ -72,11 +72,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """All files with weights, and where experts lie: layers[layer][expert] = (shard, offset)."""
+    """All files with weights, and where experts lie: experts[layer][expert] = (file, offset)."""
 
     shards: tuple[Shard, ...]
     layout: ExpertLayout
-    layers: dict[int, list[tuple[int, int]]]
+    experts: dict[int, list[tuple[str, int]]]
 
     @property
     def nbytes(self) -> int:
@@ -229,15 +229,15 @@ def _shapes_unit(group: Sequence[Unit]) -> Unit | None:
     return Unit(None, tuple(tensors), b"".join(size.to_bytes(8, "little") for size in sizes))
 
 
-def _expert_table(shards: Sequence[Shard]) -> dict[int, list[tuple[int, int]]]:
-    found: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
-    for number, shard in enumerate(shards):
+def _expert_table(shards: Sequence[Shard]) -> dict[int, list[tuple[str, int]]]:
+    found: dict[int, dict[int, tuple[str, int]]] = defaultdict(dict)
+    for shard in shards:
         for unit in shard.units:
             if isinstance(unit.item, ExpertItem):
                 item, offset = unit.item, shard.entries[unit.tensors[0].name].offset
                 assert offset % SLOT_ALIGNMENT == 0, f"`{item.prefix}` begins at {offset}"
                 assert item.expert not in found[item.layer], f"`{item.prefix}` is written twice"
-                found[item.layer][item.expert] = (number, offset)
+                found[item.layer][item.expert] = (shard.name, offset)
     for layer, table in found.items():
         assert set(table) == set(range(len(table))), f"layer {layer} lacks experts"
     return {

@@ -26,11 +26,15 @@ from quant.ops import linear
 __all__ = ["Batch", "Decoder", "SequenceSlice"]
 
 
+GUESS_TOKENS = 8
+
+
 class Lookahead:
     """Guesses which experts the next layer will choose, from the hidden state before this MLP.
 
     What the MLP and the next attention add turns few choices around: with one guess for one choice
-    three of four are right, with two nine of ten.
+    three of four are right, with two nine of ten. Many tokens at once choose most experts anyway:
+    then nothing is guessed.
     """
 
     def __init__(self, following: "DecoderLayer", guesses: int) -> None:
@@ -39,6 +43,8 @@ class Lookahead:
 
     def __call__(self, hidden: Tensor) -> None:
         """hidden [T, H]; tells the provider of experts."""
+        if hidden.shape[0] > GUESS_TOKENS:
+            return
         layer, block = self.following, self.following.mlp
         assert isinstance(block, MoeBlock), "a guess about a layer without experts"
         logits = linear(rms_norm(hidden, layer.post_norm, layer.eps), block.router.weight)  # [T, E]

@@ -33,11 +33,13 @@ def moecli(
 
         monkeypatch.setattr(sys, "argv", ["moecli", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
-        with pytest.raises(SystemExit) as exit_info:
+        code = 0
+        try:
             main()
-            sys.exit(0)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0
         captured = capfd.readouterr()
-        return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
+        return Outcome(code, captured.out, captured.err)
 
     return call
 
@@ -48,14 +50,32 @@ def source(tmp_path: Path) -> Path:
     return tiny.write_checkpoint(tmp_path / "source")
 
 
-@pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny quantized model that no test changes."""
+def quantize(source: Path, out: Path, dense_group_size: int) -> Path:
     from moecli.conversion import quantize_model
     from quant.scheme import QuantScheme
 
-    root = tmp_path_factory.mktemp("tiny")
-    source = tiny.write_checkpoint(root / "source")
-    out = root / "quantized"
-    quantize_model(source, out, QuantScheme(4, 32), QuantScheme(8, 32))
+    quantize_model(source, out, QuantScheme(4, 32), QuantScheme(8, dense_group_size))
     return out
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny quantized Llama 4 that no test changes."""
+    root = tmp_path_factory.mktemp("tiny")
+    return quantize(tiny.write_checkpoint(root / "source"), root / "quantized", 32)
+
+
+@pytest.fixture(scope="session")
+def quantized_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny quantized Qwen3-MoE, several experts a token, that no test changes."""
+    root = tmp_path_factory.mktemp("tiny-qwen3")
+    source = tiny.write_checkpoint(root / "source", tiny.qwen3_config(), tiny.qwen3_tensors())
+    return quantize(source, root / "quantized", 32)
+
+
+@pytest.fixture(scope="session")
+def quantized_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, quantized as the command does it."""
+    from moecli import store
+
+    return quantize(store.demo_source(), tmp_path_factory.mktemp("demo") / "quantized", 128)

@@ -9,6 +9,7 @@ from moecli.config import EngineConfig, SamplingConfig
 from moecli.engine import Engine
 from moecli.events import Finished
 from moecli.models.batch import Batch
+from offload.manager import ExpertManager, Lease
 from tests.e2e import tiny
 
 PROMPT = "Tell me a story about a fox, please. " * 3
@@ -22,17 +23,20 @@ def budget_for(path: Path, share: float, **settings: int) -> int:
         return fixed + max(least, int(share * plan.total_experts)) * plan.slot_nbytes
 
 
-def greedy(path: Path, config: EngineConfig, num_tokens: int = 40) -> tuple[str, list[int], float]:
+def greedy(path: Path, config: EngineConfig, num_tokens: int = 24) -> tuple[str, list[int], float]:
     """Answer, tokens and hit rate; the bookkeeping is checked after every event."""
     with Engine.open(path, config) as engine:
         session = engine.new_session()
         prompt = engine.encode_chat([{"role": "user", "content": PROMPT}])
         sampling = SamplingConfig(temperature=0, max_tokens=num_tokens)
+        last = None
         for event in engine.generate(session, prompt, sampling):
-            engine.check_integrity(deep=True)
-        assert isinstance(event, Finished)
-        assert event.stats.hit_rate is not None
-        return event.text, list(session.tokens), event.stats.hit_rate
+            engine.check_integrity()
+            last = event
+        engine.check_integrity(deep=True)
+        assert isinstance(last, Finished)
+        assert last.stats.hit_rate is not None
+        return last.text, list(session.tokens), last.stats.hit_rate
 
 
 @pytest.fixture(scope="session", params=["tiny", "tiny-qwen3", "demo"])
@@ -70,14 +74,14 @@ def test_logits_are_bitwise_the_same_wherever_experts_lie(model: Path, kernels: 
     assert torch.equal(everything, nothing)
 
 
-def test_an_expert_in_the_wrong_slot_shows(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_in_the_wrong_slot_shows(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The check above has teeth: swapping two experts' addresses changes the answer."""
-    from offload.manager import ExpertManager
-
     right = greedy(quantized, EngineConfig(ctx=256))
     ensure = ExpertManager.ensure
 
-    def swapped(self: ExpertManager, layer: int, experts: list[int]):  # noqa: ANN202
+    def swapped(self: ExpertManager, layer: int, experts: list[int]) -> Lease:
         lease = ensure(self, layer, experts)
         places = list(lease.addresses.values())
         lease.addresses = dict(zip(lease.addresses, places[1:] + places[:1], strict=True))

@@ -52,7 +52,9 @@ def llama4_config() -> dict[str, Any]:
     }
 
 
-def llama4_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+def llama4_tensors(
+    seed: int = 0, experts: int = EXPERTS, inner: int = INTER
+) -> dict[str, torch.Tensor]:
     """bf16 tensors of the tiny Llama 4, fused as in a hub's repository."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -73,13 +75,66 @@ def llama4_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
             p + "self_attn.k_proj.weight": rand(KV_HEADS * HEAD_DIM, HIDDEN),
             p + "self_attn.v_proj.weight": rand(KV_HEADS * HEAD_DIM, HIDDEN),
             p + "self_attn.o_proj.weight": rand(HIDDEN, HEADS * HEAD_DIM),
-            p + "feed_forward.router.weight": rand(EXPERTS, HIDDEN, scale=1.0),
-            p + "feed_forward.experts.gate_up_proj": rand(EXPERTS, HIDDEN, 2 * INTER),
-            p + "feed_forward.experts.down_proj": rand(EXPERTS, INTER, HIDDEN),
-            p + "feed_forward.shared_expert.gate_proj.weight": rand(INTER, HIDDEN),
-            p + "feed_forward.shared_expert.up_proj.weight": rand(INTER, HIDDEN),
-            p + "feed_forward.shared_expert.down_proj.weight": rand(HIDDEN, INTER),
+            p + "feed_forward.router.weight": rand(experts, HIDDEN, scale=1.0),
+            p + "feed_forward.experts.gate_up_proj": rand(experts, HIDDEN, 2 * inner),
+            p + "feed_forward.experts.down_proj": rand(experts, inner, HIDDEN),
+            p + "feed_forward.shared_expert.gate_proj.weight": rand(inner, HIDDEN),
+            p + "feed_forward.shared_expert.up_proj.weight": rand(inner, HIDDEN),
+            p + "feed_forward.shared_expert.down_proj.weight": rand(HIDDEN, inner),
         }
+    return tensors
+
+
+def qwen3_config() -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * INTER,
+        "moe_intermediate_size": INTER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def qwen3_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """bf16 tensors of the tiny Qwen3-MoE: as Llama 4's where they agree, experts unfused."""
+    tensors = llama4_tensors(seed)
+    for name in [name for name in tensors if ".feed_forward." in name]:
+        tensor = tensors.pop(name)
+        layer = name.split(".")[2]
+        module = f"model.layers.{layer}.mlp"
+        if name.endswith("router.weight"):
+            tensors[f"{module}.gate.weight"] = tensor
+        for expert in range(EXPERTS):
+            path = f"{module}.experts.{expert}"
+            if name.endswith("gate_up_proj"):
+                tensors[f"{path}.gate_proj.weight"] = tensor[expert, :, :INTER].t().contiguous()
+                tensors[f"{path}.up_proj.weight"] = tensor[expert, :, INTER:].t().contiguous()
+            if name.endswith("experts.down_proj"):
+                tensors[f"{path}.down_proj.weight"] = tensor[expert].t().contiguous()
+    for layer in range(LAYERS):
+        for norm in ("q_norm", "k_norm"):
+            name = f"model.layers.{layer}.self_attn.{norm}.weight"
+            tensors[name] = torch.ones(HEAD_DIM).bfloat16()
     return tensors
 
 

@@ -200,18 +200,18 @@ class Recorder:
 )
 def test_guesses_of_the_next_layer_s_experts(family, changes, layers):
     """Right where layers add nothing to the hidden state; logits never depend on guesses."""
-    model, ids = oracle(family, **changes), tokens(20)
+    model, ids = oracle(family, **changes), tokens(8)
     top_k = spec_of(model).experts_per_token
     with_guesses = decoder_of(model, wrap=Recorder, guesses=top_k + 1)
-    cache = KvCache(with_guesses.spec, 20, torch.float32)
+    cache = KvCache(with_guesses.spec, 8, torch.float32)
     found = with_guesses.forward(Batch.of(ids, cache, all_logits=True))
-    assert torch.equal(found, logits_in_steps(decoder_of(model), ids, [20]))
+    assert torch.equal(found, logits_in_steps(decoder_of(model), ids, [8]))
     for name, parameter in model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
             parameter.data.zero_()
     inert = decoder_of(model, wrap=Recorder, guesses=top_k)
     recorder = inert.layers[layers[0]].mlp.experts
-    logits_in_steps(inert, ids, [20])
+    logits_in_steps(inert, ids, [8])
     assert list(recorder.guessed) == layers
     for layer in layers:
         assert torch.equal(recorder.guessed[layer], recorder.chosen[layer])

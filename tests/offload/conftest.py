@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import pytest
-from offload_files import ModelFiles
+
+from tests.offload.offload_files import ModelFiles
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import ctypes
 import random
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from offload.disk import DiskTier, ExpertSpan
@@ -37,8 +39,11 @@ class ModelFiles:
     def path(self, layer: int) -> Path:
         return self.spans[layer, 0].path
 
-    def disk(self) -> DiskTier:
-        return DiskTier(self.spans)
+    def disk(self, drop_cache: bool = False) -> DiskTier:
+        return DiskTier(self.spans, drop_cache)
+
+    def gated_disk(self, *keys: ExpertKey) -> "GatedDisk":
+        return GatedDisk(self.spans, keys)
 
     def manager(
         self,
@@ -49,11 +54,44 @@ class ModelFiles:
         keep: bool = True,
         trace: Trace | None = None,
         policy_factory: PolicyFactory = LruPolicy,
+        disk: DiskTier | None = None,
     ) -> ExpertManager:
         arena = HostArena(slots * self.slot_nbytes, self.slot_nbytes)
         return ExpertManager(
-            self.disk(), arena, device, policy_factory, num_workers, keep=keep, trace=trace
+            disk or self.disk(), arena, device, policy_factory, num_workers, keep, trace
         )
+
+
+class GatedDisk(DiskTier):
+    """Reads of the gated experts wait, `begun` set, until `open` or `fail`."""
+
+    TIMEOUT_S = 20.0  # a test that would hang fails instead
+
+    def __init__(self, spans: Mapping[ExpertKey, ExpertSpan], gated: Sequence[ExpertKey]) -> None:
+        super().__init__(spans)
+        self._gated = set(gated)
+        self._gate = threading.Event()
+        self._error: BaseException | None = None
+        self.begun = threading.Event()
+        self.reads: list[ExpertKey] = []
+        self.threads: set[str] = set()
+
+    def read_into(self, key: ExpertKey, buffer: memoryview) -> int:
+        self.reads.append(key)
+        self.threads.add(threading.current_thread().name)
+        if key in self._gated:
+            self.begun.set()
+            assert self._gate.wait(self.TIMEOUT_S), "nobody opened the gate"
+            if self._error is not None:
+                raise self._error
+        return super().read_into(key, buffer)
+
+    def open(self) -> None:
+        self._gate.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._gate.set()
 
 
 def bytes_at(address: int, nbytes: int) -> bytes:

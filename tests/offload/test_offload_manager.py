@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from offload_files import ModelFiles, bytes_at
 
 from offload.errors import OffloadError
 from offload.trace import Trace
+from tests.offload.offload_files import ModelFiles, bytes_at
 
 
 def test_ensure_gives_the_bytes_of_the_file(files: ModelFiles) -> None:
@@ -70,9 +70,21 @@ def test_two_leases_of_one_expert_hold_it_until_both_end(files: ModelFiles) -> N
 
 def test_more_experts_than_slots_is_a_bug_of_the_caller(files: ModelFiles) -> None:
     manager = files.manager(2)
-    with pytest.raises(AssertionError, match="3 experts asked for at once"):
-        manager.ensure(0, [0, 1, 2])
-    manager.check_integrity()
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="3 experts asked for at once"):
+            manager.ensure(0, [0, 1, 2])
+        manager.check_integrity()
+        manager.ensure(0, [1]).release()
+    manager.close()
+
+
+@pytest.mark.parametrize("trace", [None, Trace()])
+def test_an_expert_that_does_not_exist_is_a_bug(files: ModelFiles, trace: Trace | None) -> None:
+    manager = files.manager(2, trace=trace)
+    with pytest.raises(AssertionError, match="expert 77 of layer 0 is in no file"):
+        manager.ensure(0, [0, 77])
+    manager.check_integrity(deep=True)
+    manager.ensure(1, [0, 1]).release()
     manager.close()
 
 

@@ -135,6 +135,15 @@ def test_use_beyond_what_is_available_is_told() -> None:
     assert make_plan(MODEL, Machine(), ram_nbytes=5600).ram_short == 0
 
 
+def test_the_page_cache_is_used_only_where_it_can_hold_all_experts() -> None:
+    nbytes = 5600  # of the plan; all experts are 16000
+    fits = replace(MACHINE, ram_available=nbytes + 16_000)
+    assert not make_plan(MODEL, fits, ram_nbytes=nbytes).drop_cache
+    short = replace(MACHINE, ram_available=nbytes + 15_999)
+    assert make_plan(MODEL, short, ram_nbytes=nbytes).drop_cache
+    assert not make_plan(MODEL, Machine(), ram_nbytes=nbytes).drop_cache
+
+
 def test_to_dict_holds_fields_and_derived_numbers() -> None:
     plan = make_plan(MODEL, MACHINE, ram_nbytes=5600)
     data = plan.to_dict()

@@ -1,0 +1,46 @@
+"""Knows how one answer is streamed to stdout while Ctrl-C waits; knows no conversation."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from moecli import ui
+from moecli.events import Event, Finished, PrefillProgress, TextDelta
+from moecli.terminal import Interrupt, write_text
+
+
+def stream_answer(
+    generate: Callable[[Callable[[], bool]], Iterator[Event]],
+    write: Callable[[str], None] = write_text,
+) -> Finished:
+    """Run `generate(cancelled)` to its end, writing text as it comes; Ctrl-C cancels it.
+
+    The answer ends with a line break, its own or ours.
+    """
+    finished: Finished | None = None
+    last = ""
+    with Interrupt() as interrupt, ui.prefill_status() as status:
+        for event in generate(interrupt):
+            match event:
+                case PrefillProgress():
+                    status.update(event.done, event.total)
+                case TextDelta(text):
+                    status.stop()
+                    write(text)
+                    last = text
+                case Finished():
+                    finished = event
+    assert finished is not None, "a generation ends with Finished"
+    if last and not last.endswith("\n"):
+        write("\n")
+    return finished
+
+
+def discard(text: str) -> None:
+    """For answers that are printed when they are whole."""
+
+
+def stats_dict(finished: Finished) -> dict[str, Any]:
+    """The numbers of an answer for `--json`."""
+    from dataclasses import asdict
+
+    return {**asdict(finished.stats), "hit_rate": finished.stats.hit_rate}

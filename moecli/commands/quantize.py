@@ -1,0 +1,85 @@
+"""Knows what `moecli quantize` takes and says; moecli.conversion does it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moecli import options, store, ui
+from moecli.errors import MoecliError
+from moecli.settings import parse_int
+from moecli.terminal import say
+from quant.scheme import QuantScheme
+
+HELP = """Quantize the experts of a local checkpoint to INT4 or INT8.
+
+MODEL is a directory in Hugging Face's form, or `demo` for the embedded one. Peak memory stays
+small; Ctrl-C keeps what is finished, and the same command goes on from there."""
+EXAMPLES = """
+moecli quantize demo
+moecli quantize ~/models/Llama-4-Scout-17B-16E-Instruct -q int4 -o scout-int4
+moecli quantize ./Qwen3-30B-A3B -q int8 --group-size 64 --dense-scheme none
+"""
+
+
+def quantize(
+    ctx: typer.Context,
+    model: options.Model = None,
+    model_flag: options.ModelOption = None,
+    scheme_name: Annotated[
+        str,
+        options.option("-q", "--scheme", metavar="NAME", help="Of the experts: int4 or int8."),
+    ] = "int4",
+    group_size: Annotated[
+        str | None,
+        options.option(
+            "--group-size", metavar="N", help="Weights that share a scale: 32, 64 or 128."
+        ),
+    ] = None,
+    dense_name: Annotated[
+        str,
+        options.option(
+            "--dense-scheme",
+            metavar="NAME",
+            help="Of attention, shared experts and head: int8, int4 or none (16 bits).",
+        ),
+    ] = "int8",
+    output: Annotated[
+        Path | None,
+        options.option(
+            "-o", "--output", metavar="DIR", help="Where to write; else a name of the store."
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    name = options.require_model(ctx, model, model_flag)
+    groups = None if group_size is None else parse_int(group_size, "`--group-size`")
+    scheme = QuantScheme.parse(scheme_name, groups)
+    dense_scheme = None if dense_name.lower() == "none" else QuantScheme.parse(dense_name)
+    source = store.resolve_source(name)
+    out = store.default_output(source, scheme) if output is None else output.expanduser()
+    if out.exists():
+        raise MoecliError(
+            f"`{out}` exists already",
+            f"`moecli chat {_called(out)}` uses it; `-o DIR` writes another",
+        )
+    from moecli.conversion import quantize_model
+
+    if output is None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with ui.conversion_progress() as progress:
+            result = quantize_model(source, out, scheme, dense_scheme, progress)
+    except KeyboardInterrupt:
+        say("stopped; finished work is kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
+    ui.show_conversion(result, _called(out))
+    if as_json:
+        print(json.dumps(asdict(result), default=str, indent=2))
+
+
+def _called(out: Path) -> str:
+    """How the result is named in the next command."""
+    return out.name if out.parent == store.models_dir() else str(out)

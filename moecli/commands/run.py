@@ -1,0 +1,134 @@
+"""Knows what `moecli run` reads and prints; the engine answers."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from moecli import options, ui
+from moecli.answering import discard, stats_dict, stream_answer
+from moecli.chat import Conversation
+from moecli.commands.opening import model_directory, open_engine
+from moecli.config import SamplingConfig
+from moecli.errors import MoecliError
+from moecli.events import Finished
+from moecli.settings import Settings
+from moecli.terminal import is_terminal, say, write_text
+
+HELP = """Answer one prompt: the answer, and nothing else, on stdout.
+
+The prompt is what comes on stdin, then `-p`, then PROMPT, joined by blank lines."""
+EXAMPLES = """
+moecli run demo "What is the capital of France?"
+git diff | moecli run MODEL "Write a commit message."
+moecli run MODEL -p "Once upon a time" --raw -n 200 --ram 16GiB -v
+moecli run MODEL "List three colours." --temp 0 --json
+"""
+
+
+def run(
+    ctx: typer.Context,
+    model: options.Model = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to answer.")] = None,
+    model_flag: options.ModelOption = None,
+    prompt_flag: Annotated[
+        str | None, options.option("-p", "--prompt", metavar="TEXT", help="What to answer.")
+    ] = None,
+    system: options.System = None,
+    raw: Annotated[
+        bool, options.option("--raw", help="Continue the text as it is: no chat template.")
+    ] = False,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temp = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ctx_tokens: options.Ctx = None,
+    ram: options.Ram = None,
+    vram: options.Vram = None,
+    threads: options.Threads = None,
+    kernels: options.Kernels = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    if options.typed(ctx, "model_flag") and model is not None and prompt is None:
+        model, prompt = None, model  # -m MODEL PROMPT
+    name = options.require_model(ctx, model, model_flag)
+    settings = Settings.read(
+        **{"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
+        **{"max_tokens": max_tokens, "stop": stop, "ctx": ctx_tokens, "ram": ram, "vram": vram},
+        **{"threads": threads, "kernels": kernels, "system": system},
+    )
+    if raw and settings.system and options.typed(ctx, "system"):
+        raise MoecliError("`--raw` takes no system prompt", "leave out `--raw`", exit_code=2)
+    text = _join_prompt(_read_stdin(), prompt_flag, prompt)
+    settings.sampling_config({})  # complains before the model is opened
+    _answer(name, text, settings, raw, as_json, verbose)
+
+
+def _answer(
+    name: str, text: str, settings: Settings, raw: bool, as_json: bool, verbose: bool
+) -> None:
+    with open_engine(model_directory(name), settings.engine_config()) as engine:
+        sampling: SamplingConfig = settings.sampling_config(engine.generation_config)
+        session = engine.new_session()
+        if raw:
+            token_ids = engine.encode_text(text)
+        else:
+            conversation = Conversation(settings.system)
+            conversation.ask(text)
+            token_ids = engine.encode_chat(conversation.messages, session)
+        finished = stream_answer(
+            lambda cancelled: engine.generate(session, token_ids, sampling, cancelled),
+            discard if as_json else write_text,
+        )
+        if as_json:
+            _print_json(engine.path.name, finished, engine.plan.to_dict())
+        if verbose:
+            ui.show_timings(finished.stats, engine.plan)
+    if finished.reason == "context":
+        say("the answer ends here because the context is full; `--ctx` makes it longer")
+    if finished.reason == "cancelled":
+        raise typer.Exit(130)
+
+
+def _print_json(name: str, finished: Finished, plan: dict) -> None:
+    content = {
+        "model": name,
+        "text": finished.text,
+        "finish_reason": finished.reason,
+        "stats": stats_dict(finished),
+        "plan": plan,
+    }
+    print(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def _read_stdin() -> str | None:
+    """What is piped in; None on a terminal. Raises MoecliError where it is not UTF-8."""
+    if sys.stdin is None or is_terminal(sys.stdin):
+        return None
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise MoecliError(
+            f"the prompt on stdin is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}",
+            "convert it first, for example with `iconv -f latin1 -t utf-8`",
+        ) from error
+
+
+def _join_prompt(*parts: str | None) -> str:
+    given = [part for part in parts if part is not None]
+    text = "\n\n".join(part for part in given if part.strip())
+    if not text:
+        raise MoecliError(
+            "the prompt is empty", '`moecli run MODEL "..."`, or pipe it in', 1 if given else 2
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # arguments that were not UTF-8 arrive so
+        raise MoecliError(f"the prompt is not UTF-8 at character {error.start}") from error
+    return text

@@ -1,0 +1,107 @@
+"""Knows what `moecli show` says about one model: from its config and manifest, not its weights."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from moecli import options, store, ui
+from moecli.units import format_nbytes, format_params
+
+HELP = """Show what a model is made of: layers, experts, parameters, schemes, sizes.
+
+It reads config.json and moecli's own manifest, so it takes unquantized checkpoints too."""
+EXAMPLES = """
+moecli show demo
+moecli show demo-int4-g32 --json
+moecli show ~/models/Llama-4-Scout-17B-16E-Instruct
+"""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """Sizes in bytes, context in tokens; schemes by name, None where weights are as trained."""
+
+    name: str
+    path: str
+    architecture: str
+    num_params: int
+    num_active_params: int
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int  # a layer
+    experts_per_token: int
+    shared_expert: bool
+    max_context: int
+    scheme: str | None
+    dense_scheme: str | None
+    nbytes: int
+
+
+def summarize(path: Path) -> ModelSummary:
+    """Raises MoecliError for whatever is no MoE model that moecli knows."""
+    from moecli.models.config import ModelSpec
+
+    spec = ModelSpec.from_hf(store.config(path))
+    manifest = store.manifest(path) if store.is_model(path) else {}
+    return ModelSummary(
+        name=path.resolve().name,
+        path=str(path),
+        architecture=spec.architecture,
+        num_params=spec.num_params,
+        num_active_params=spec.num_active_params,
+        num_layers=spec.num_layers,
+        num_moe_layers=len(spec.moe_layers),
+        num_experts=spec.num_experts,
+        experts_per_token=spec.experts_per_token,
+        shared_expert=spec.shared_intermediate_size > 0,
+        max_context=spec.max_context,
+        scheme=manifest.get("scheme"),
+        dense_scheme=manifest.get("dense_scheme"),
+        nbytes=store.disk_nbytes(path),
+    )
+
+
+def show(
+    ctx: typer.Context,
+    model: options.Model = None,
+    model_flag: options.ModelOption = None,
+    as_json: options.Json = False,
+) -> None:
+    path = readable_directory(options.require_model(ctx, model, model_flag))
+    summary = summarize(path)
+    if as_json:
+        print(json.dumps(asdict(summary), indent=2))
+    else:
+        ui.show_pairs(_pairs(summary))
+
+
+def readable_directory(name: str) -> Path:
+    """As store.resolve, but the embedded model as it was trained where it is not quantized yet."""
+    path = store.resolve(name)
+    return store.demo_source() if name == store.DEMO and not store.is_model(path) else path
+
+
+def _pairs(summary: ModelSummary) -> list[tuple[str, str, str]]:
+    """Label, value for people, value in full."""
+    shared = " and a shared one" if summary.shared_expert else ""
+    if summary.scheme is None:
+        schemes = "none: as trained"
+    else:
+        schemes = f"{summary.scheme} in experts, {summary.dense_scheme or '16 bits'} elsewhere"
+    params, active = summary.num_params, summary.num_active_params
+    layers = f"{summary.num_layers}, {summary.num_moe_layers} of them with experts"
+    experts = f"{summary.num_experts} a layer, {summary.experts_per_token} a token{shared}"
+    return [
+        ("model", summary.name, summary.name),
+        ("architecture", summary.architecture, summary.architecture),
+        ("parameters", format_params(params), str(params)),
+        ("active", f"{format_params(active)} a token", str(active)),
+        ("layers", layers, layers),
+        ("experts", experts, experts),
+        ("context", f"{summary.max_context} tokens", str(summary.max_context)),
+        ("scheme", schemes, schemes),
+        ("size", format_nbytes(summary.nbytes), str(summary.nbytes)),
+        ("path", summary.path, summary.path),
+    ]

@@ -1,0 +1,288 @@
+"""Knows how results look to people; the only file that imports Rich, and only when it must.
+
+Every function takes typed results and decides nothing. Data goes to stdout, the rest to stderr.
+Model text does not pass through here.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from moecli.events import GenerationStats
+from moecli.terminal import bold, dim, has_colors, is_terminal, say, styled
+from moecli.units import format_bandwidth, format_nbytes, format_seconds, format_wait
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from offload.plan import MemoryPlan
+    from quant.convert import ConversionProgress, ConversionResult
+
+_RED, _YELLOW, _GREEN = "31;1", "33", "32"
+_PLAIN_PERCENT = 10  # between two lines where no bar can be drawn
+_PLAIN_SECONDS = 15.0
+
+
+def show_error(message: str, hint: str | None) -> None:
+    say(f"{styled('error:', _RED, sys.stderr)} {message}")
+    if hint:
+        say(f"\n{bold('hint:', sys.stderr)} {hint}")
+
+
+def show_note(message: str) -> None:
+    say(f"{styled('note:', _YELLOW, sys.stderr)} {message}")
+
+
+def show_table(headers: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Cells are (for people, in full). On a terminal a table; piped, tabs and full values."""
+    if not is_terminal(sys.stdout):
+        for row in rows:
+            print("\t".join(full for _, full in row))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(shown) for shown, _ in row))
+    _console(sys.stdout).print(table)
+
+
+def show_pairs(pairs: Sequence[tuple[str, str, str]]) -> None:
+    """(label, value for people, value in full), one a line; piped, label, tab, value in full."""
+    width = max((len(label) for label, _, _ in pairs), default=0)
+    for label, shown, full in pairs:
+        if is_terminal(sys.stdout):
+            print(f"{dim(label.ljust(width), sys.stdout)}  {shown}")
+        else:
+            print(f"{label}\t{full}")
+
+
+def show_checks(checks: Sequence[tuple[str, str, str, str | None]]) -> None:
+    """(status, what, found, fix), one line a check and one more for a fix."""
+    codes = {"ok": _GREEN, "warn": _YELLOW, "error": _RED}
+    width = max((len(what) for _, what, _, _ in checks), default=0)
+    for status, what, found, fix in checks:
+        mark = styled(status.ljust(5), codes[status], sys.stdout)
+        print(f"{mark} {what.ljust(width)}  {found}")
+        if fix:
+            print(f"{' ' * (width + 8)}{dim('fix: ', sys.stdout)}{fix}")
+
+
+# Generation
+
+
+class PrefillStatus:
+    """One line on a terminal while a long prompt is read; gone when the answer begins."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    def update(self, done: int, total: int) -> None:
+        if done >= total:
+            self.stop()
+        elif is_terminal(sys.stderr):
+            self._replace(f"reading the prompt: {done} of {total} tokens")
+
+    def stop(self) -> None:
+        if self._shown:
+            self._replace("")
+
+    def _replace(self, line: str) -> None:
+        sys.stderr.write(f"\r{' ' * self._shown}\r{line}")
+        sys.stderr.flush()
+        self._shown = len(line)
+
+
+@contextmanager
+def prefill_status() -> Iterator[PrefillStatus]:
+    status = PrefillStatus()
+    try:
+        yield status
+    finally:
+        status.stop()
+
+
+def stats_line(stats: GenerationStats) -> str:
+    """The numbers of an answer in one line."""
+    parts = [f"{stats.generated_tokens} tokens"]
+    if stats.decode_tok_s:
+        parts.append(f"{stats.decode_tok_s:.1f} tok/s")
+    parts.append(f"first after {format_seconds(stats.ttft_s)}")
+    if stats.hit_rate is not None:
+        parts.append(f"expert hits {stats.hit_rate:.1%}")
+    parts.append(f"peak memory {format_nbytes(stats.peak_rss_nbytes)}")
+    return ", ".join(parts)
+
+
+def show_stats_line(stats: GenerationStats) -> None:
+    say(dim(stats_line(stats), sys.stderr))
+
+
+def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
+    """The numbers of a run, and what the plan had predicted."""
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    lines = [
+        f"prompt   {stats.prompt_tokens} tokens{cached}, {stats.prefill_tok_s:.1f} tok/s, "
+        f"first token after {format_seconds(stats.ttft_s)}",
+        f"answer   {stats.generated_tokens} tokens, {stats.decode_tok_s:.1f} tok/s{_said(plan)}",
+        f"experts  {_hits(stats)}; {plan.host_slots} of {plan.total_experts} have a place in RAM",
+        f"memory   peak {format_nbytes(stats.peak_rss_nbytes)}; the plan takes "
+        f"{format_nbytes(plan.ram_nbytes)} of {format_nbytes(plan.ram_budget)}",
+    ]
+    for line in lines:
+        say(dim(line, sys.stderr))
+
+
+def _said(plan: "MemoryPlan") -> str:
+    if plan.predicted_tok_s is None:
+        return ""
+    return f" (predicted {plan.predicted_tok_s:.1f}, bound by {plan.bottleneck})"
+
+
+def _hits(stats: GenerationStats) -> str:
+    if stats.hit_rate is None:
+        return "none asked for"
+    read = format_nbytes(stats.expert_nbytes_read)
+    return f"{stats.hit_rate:.1%} of {stats.expert_hits + stats.expert_misses} hit, {read} read"
+
+
+def show_chat_header(version: str, lines: Sequence[str]) -> None:
+    first, *rest = lines
+    say(f"{bold('moecli', sys.stderr)} {version} · {first}")
+    for line in rest:
+        say(dim(line, sys.stderr))
+
+
+# Conversion
+
+
+@contextmanager
+def conversion_progress() -> Iterator[Callable[["ConversionProgress"], None]]:
+    """A bar with time left and running error; lines where stderr is no terminal."""
+    if not is_terminal(sys.stderr):
+        yield _PlainProgress()
+        return
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+    columns = (
+        TextColumn("quantizing"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%  {task.fields[sizes]}  {task.fields[left]}"),
+        TextColumn("{task.fields[error]}", markup=False),
+    )
+    with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        task: TaskID = bar.add_task("", total=None, sizes="", left="", error="")
+
+        def update(now: "ConversionProgress") -> None:
+            bar.update(
+                task,
+                total=now.total_nbytes,
+                completed=now.done_nbytes,
+                sizes=f"{format_nbytes(now.done_nbytes)} of {format_nbytes(now.total_nbytes)}",
+                left=_left(now),
+                error=f"error {now.error:.2%}",
+            )
+
+        yield update
+
+
+class _PlainProgress:
+    """A line now and then, for logs."""
+
+    def __init__(self) -> None:
+        self._percent = 0
+        self._time = time.monotonic()
+
+    def __call__(self, now: "ConversionProgress") -> None:
+        percent = 100 * now.done_nbytes // max(now.total_nbytes, 1)
+        step = percent // _PLAIN_PERCENT - self._percent // _PLAIN_PERCENT
+        waited = time.monotonic() - self._time
+        if step > 0 or (percent > self._percent and waited >= _PLAIN_SECONDS):
+            say(f"quantizing: {percent}%, error {now.error:.2%}, {_left(now)}".rstrip(", "))
+            self._percent, self._time = percent, time.monotonic()
+
+
+def _left(now: "ConversionProgress") -> str:
+    return "" if now.eta_s is None else f"{format_wait(now.eta_s)} left"
+
+
+def show_conversion(result: "ConversionResult", model: str) -> None:
+    """What `quantize` has made, and the next command."""
+    resumed = f", {result.units_resumed} parts were there already" if result.units_resumed else ""
+    pairs = [
+        ("written", str(result.out)),
+        (
+            "size",
+            f"{format_nbytes(result.out_nbytes)}, from {format_nbytes(result.source_nbytes)}",
+        ),
+        ("bits a weight", f"{result.bpw:.2f} ({result.bpw_experts:.2f} in experts)"),
+        ("error", f"{result.error_experts:.2%} in experts, {result.error_dense:.2%} elsewhere"),
+        ("time", f"{format_seconds(result.seconds)}{resumed}"),
+    ]
+    width = max(len(label) for label, _ in pairs)
+    for label, value in pairs:
+        say(f"{dim(label.ljust(width), sys.stderr)}  {value}")
+    say(f"\nnext: {bold(f'moecli chat {model}', sys.stderr)}")
+
+
+# Plans
+
+
+def show_plan(title: str, ctx: int, plan: "MemoryPlan") -> None:
+    """What lies where, and how fast that should be."""
+    fixed = "VRAM" if plan.vram_budget else "RAM"
+    experts = {"VRAM": plan.device_pool_nbytes, "RAM": plan.host_arena_nbytes}
+    free = {"VRAM": plan.vram_free, "RAM": plan.ram_free}
+    lines: list[tuple[str, dict[str, int]]] = [
+        ("dense weights", {fixed: plan.dense_nbytes}),
+        ("embedding", {"RAM": plan.embedding_nbytes}),
+        (f"KV cache, {ctx} tokens", {fixed: plan.kv_nbytes}),
+        ("workspace", {fixed: plan.workspace_nbytes}),
+        ("experts", {**experts, "disk only": plan.disk_nbytes}),
+        ("free of the budget", free),
+        ("budget", {"VRAM": plan.vram_budget, "RAM": plan.ram_budget}),
+    ]
+    columns = [name for name in ("VRAM", "RAM", "disk only") if name != "VRAM" or plan.vram_budget]
+    rows = [
+        [(label, label), *(_size_cell(cells.get(column, 0)) for column in columns)]
+        for label, cells in lines
+    ]
+    show_table((title, *columns), rows)
+    slots = plan.device_slots + plan.host_slots
+    places = f"{slots} places for {plan.total_experts} experts"
+    speed = "unknown, as long as a bandwidth is"
+    if plan.predicted_tok_s is not None:
+        speed = f"{plan.predicted_tok_s:.1f} tok/s predicted, bound by {plan.bottleneck}"
+    if is_terminal(sys.stdout):
+        print(f"\n{places}; decode: {speed}")
+    else:
+        print(f"slots\t{slots}\t{plan.total_experts}")
+        print(f"decode tok/s\t{plan.predicted_tok_s or ''}\t{plan.bottleneck or ''}")
+
+
+def _size_cell(nbytes: int) -> tuple[str, str]:
+    """For people, and in full."""
+    return (format_nbytes(nbytes) if nbytes else "", str(nbytes))
+
+
+def bandwidth(value: float | None) -> str:
+    return "not measured" if value is None else format_bandwidth(value)
+
+
+def ask(question: str) -> bool:
+    """A yes or no from the terminal; Enter is no."""
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _console(stream: TextIO) -> "Console":
+    from rich.console import Console
+
+    colors: dict[str, Any] = {} if has_colors(stream) else {"color_system": None}
+    return Console(file=stream, highlight=False, markup=False, emoji=False, **colors)

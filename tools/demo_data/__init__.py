@@ -1,0 +1,1 @@
+"""Generators of the demo model's training text; each module knows one domain."""
