@@ -178,9 +178,14 @@ class Attention:
         return q, k
 
     def _sequence(self, piece: SequenceSlice, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """One sequence's tokens, chunk by chunk where the layer is chunked."""
+        """One sequence's tokens, chunk by chunk where the layer is chunked.
+
+        Attention is computed as the cache stores keys and values: expanding a long context to fp32
+        for each token would cost several times what attention itself does.
+        """
+        q = q.to(piece.cache.dtype)
         appended = piece.cache.append(self.layer, piece.start, k, v)
         return [
-            attend(q[first:last], keys.to(self.dtype), values.to(self.dtype))
+            attend(q[first:last], keys, values).to(self.dtype)
             for first, last, keys, values in appended
         ]

@@ -26,15 +26,14 @@ from quant.ops import linear
 __all__ = ["Batch", "Decoder", "SequenceSlice"]
 
 
-GUESS_TOKENS = 8
+GUESS_TOKENS = 8  # more tokens at once than this choose most experts anyway
 
 
 class Lookahead:
     """Guesses which experts the next layer will choose, from the hidden state before this MLP.
 
     What the MLP and the next attention add turns few choices around: with one guess for one choice
-    three of four are right, with two nine of ten. Many tokens at once choose most experts anyway:
-    then nothing is guessed.
+    three of four are right, with two nine of ten.
     """
 
     def __init__(self, following: "DecoderLayer", guesses: int) -> None:

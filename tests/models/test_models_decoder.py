@@ -217,6 +217,14 @@ def test_guesses_of_the_next_layer_s_experts(family, changes, layers):
         assert torch.equal(recorder.guessed[layer], recorder.chosen[layer])
 
 
+def test_a_long_prompt_needs_no_guesses():
+    decoder = decoder_of(oracle("llama4"), wrap=Recorder, guesses=2)
+    recorder = decoder.layers[0].mlp.experts
+    logits_in_steps(decoder, tokens(20), [20])
+    assert recorder.chosen
+    assert not recorder.guessed
+
+
 def test_bfloat16_stays_near_float32():
     decoder, ids, expected = case("qwen3_moe", "plain")
     half = decoder_of(oracle("qwen3_moe"), torch.bfloat16)

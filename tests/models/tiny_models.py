@@ -62,7 +62,8 @@ def oracle(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
             parameter.data = 0.3 * noise
         else:
             fan_in = parameter.shape[1] if "experts" in name else parameter.shape[-1]
-            parameter.data = noise * fan_in**-0.5
+            scale = 0.5 if "embed" in name or "lm_head" in name else 1.0
+            parameter.data = scale * noise * fan_in**-0.5
     model.tie_weights()
     return model
 
