@@ -5,7 +5,7 @@ the placement: the engine makes its tiers from the very object that the user was
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from offload.errors import OffloadError
 from offload.hardware import Machine
@@ -261,22 +261,20 @@ def _gib(nbytes: int, roundup: bool = False) -> str:
 
 
 def largest_context(
-    footprint: ModelFootprint,
+    footprint_at: Callable[[int], ModelFootprint],
     machine: Machine,
-    kv_nbytes: Callable[[int], int],
     max_ctx: int,
     ram_nbytes: int | None = None,
     vram_nbytes: int | None = None,
 ) -> int | None:
     """The longest context, up to `max_ctx` tokens, whose plan fits; None when none does.
 
-    `kv_nbytes(ctx)`, which must not shrink as ctx grows, replaces the footprint's own.
+    `footprint_at(ctx)` gives the sizes at a context; they must not shrink as it grows.
     """
 
     def fits(ctx: int) -> bool:
         try:
-            there = replace(footprint, kv_nbytes=kv_nbytes(ctx))
-            make_plan(there, machine, ram_nbytes, vram_nbytes)
+            make_plan(footprint_at(ctx), machine, ram_nbytes, vram_nbytes)
         except OffloadError:
             return False
         return True

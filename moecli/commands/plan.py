@@ -18,7 +18,7 @@ from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from offload.hardware import Machine
-    from offload.plan import MemoryPlan
+    from offload.plan import MemoryPlan, ModelFootprint
 
 HELP = """Show what would lie where, and how fast that should run.
 
@@ -91,27 +91,22 @@ def _make(
 ) -> tuple[int, "MemoryPlan"]:
     """(context, plan). Raises MoecliError with the largest context that fits, where one does."""
     from moecli.engine import context_size
-    from moecli.footprint import KV_ITEMSIZE, model_footprint, workspace_nbytes
+    from moecli.footprint import model_footprint
     from moecli.models.config import ModelSpec
     from offload.plan import largest_context, make_plan
 
     spec = ModelSpec.from_hf(store.config(path))
     scheme, dense_scheme = _schemes(path, scheme_name)
     ctx = context_size(config.ctx, spec)
-    footprint = model_footprint(spec, scheme, dense_scheme, ctx, config.prefill_chunk)
     budgets = config.ram_nbytes, config.vram_nbytes
+
+    def footprint_at(tokens: int) -> "ModelFootprint":
+        return model_footprint(spec, scheme, dense_scheme, tokens, config.prefill_chunk)
+
     try:
-        return ctx, make_plan(footprint, machine, *budgets)
+        return ctx, make_plan(footprint_at(ctx), machine, *budgets)
     except OffloadError as error:
-        largest = largest_context(
-            replace(footprint, workspace_nbytes=0),  # it grows with the context as the cache does
-            machine,
-            lambda n: (
-                spec.kv_nbytes(n, KV_ITEMSIZE) + workspace_nbytes(spec, n, config.prefill_chunk)
-            ),
-            ctx,
-            *budgets,
-        )
+        largest = largest_context(footprint_at, machine, ctx, *budgets)
         if largest is None:
             raise
         raise MoecliError(

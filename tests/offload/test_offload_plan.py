@@ -158,10 +158,13 @@ def test_largest_context_is_the_last_that_fits(budget: int) -> None:
     def kv_nbytes(ctx: int) -> int:
         return 3 * min(ctx, 50) + ctx
 
-    best = largest_context(MODEL, MACHINE, kv_nbytes, 10_000, ram_nbytes=budget)
+    def at(ctx: int) -> ModelFootprint:
+        return replace(MODEL, kv_nbytes=kv_nbytes(ctx))
+
+    best = largest_context(at, MACHINE, 10_000, ram_nbytes=budget)
     fitting = [ctx for ctx in range(1, 10_001) if 1400 + kv_nbytes(ctx) + 200 <= budget]
     assert best == (fitting[-1] if fitting else None)
 
 
 def test_largest_context_is_capped_by_the_model() -> None:
-    assert largest_context(MODEL, MACHINE, lambda ctx: ctx, 77, ram_nbytes=10**6) == 77
+    assert largest_context(lambda _: MODEL, MACHINE, 77, ram_nbytes=10**6) == 77
