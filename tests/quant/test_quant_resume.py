@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,7 +107,12 @@ def journaled_units(job: ConversionJob) -> int:
     journal = job.partial / "journal"
     if not journal.exists():
         return 0
-    return sum(b'"unit"' in line and line.endswith(b"\n") for line in journal.open("rb"))
+    content = journal.read_bytes()
+    lines = [line for line in content.splitlines() if b" " in line]
+    intact = [b"%08x" % zlib.crc32(line[9:]) == line[:8] for line in lines]
+    # A torn line may only be the last one: what follows it would be lost.
+    assert all(intact[:-1]), "a damaged line was written over"
+    return sum(intact) - bool(intact)  # without the line that names the job
 
 
 def resume(job: ConversionJob) -> ConversionResult:
