@@ -340,3 +340,18 @@ def test_journal_lines_after_a_failed_append(
     journal.append({"unit": 2})
     journal.close()
     assert Journal(tmp_path / "journal", "key").records == [{"unit": 0}, {"unit": 2}]
+
+
+def test_journal_lines_after_a_torn_one(tmp_path: Path) -> None:
+    """A kill in the middle of a line must not spoil the next one."""
+    path = tmp_path / "journal"
+    journal = Journal(path, "key")
+    journal.append({"unit": 0})
+    journal.append({"unit": 1})
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-4])
+    journal = Journal(path, "key")
+    assert journal.records == [{"unit": 0}]
+    journal.append({"unit": 2})
+    journal.close()
+    assert Journal(path, "key").records == [{"unit": 0}, {"unit": 2}]
