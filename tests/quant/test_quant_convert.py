@@ -223,3 +223,51 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     done = []
     QuantizedCheckpoint.open(out).verify(lambda part, whole: done.append((part, whole)))
     assert done[-1][0] == done[-1][1] > 0
+
+
+def test_tensors_of_odd_sizes_are_aligned(tmp_path: Path) -> None:
+    weights = random_weights(True)
+    weights["a.weight"] = torch.ones(3, dtype=torch.bfloat16)
+    weights["b.ids"] = torch.arange(5)
+    weights["c.mask"] = torch.ones(3, dtype=torch.uint8)
+    weights["d.scalar"] = torch.tensor(2.5)
+    weights["e.weight"] = torch.ones(5, 3, dtype=torch.bfloat16)
+    source = write_source(tmp_path / "source", weights)
+    job = make_job(source, tmp_path / "out", True)
+    ordered = tuple(sorted(job.dense, key=lambda item: item.name))
+    out = QuantizedCheckpoint.open(convert(type(job)(**{**vars(job), "dense": ordered})).out)
+    for name, info in out.checkpoint.tensors.items():
+        assert info.offset % info.dtype.itemsize == 0, name
+    for name in ("a.weight", "b.ids", "c.mask", "e.weight"):
+        found = out.dense(name)
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(found, weights[name])
+    scalar = out.dense("d.scalar")
+    assert isinstance(scalar, torch.Tensor)
+    assert scalar.dtype == torch.bfloat16
+    assert scalar.item() == 2.5
+
+
+def test_one_slice_is_held_and_let_go_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quant.items import SliceReader, TensorSlice
+
+    weights = random_weights(True)
+    reader = SliceReader(write_source(tmp_path / "source", weights))
+    reads = []
+    read_slice = Checkpoint.read_slice
+
+    def watched(self: Checkpoint, name: str, index: int) -> torch.Tensor:
+        assert reader._tensor is None, "two slices are in memory"
+        reads.append((name, index))
+        return read_slice(self, name, index)
+
+    monkeypatch.setattr(Checkpoint, "read_slice", watched)
+    name = "layers.0.experts.gate_up_proj"
+    for index in (0, 1):
+        for start in (0, INTERMEDIATE):
+            part = TensorSlice(name, index, True, (start, start + INTERMEDIATE))
+            rows = torch.cat(list(reader.blocks(part)))
+            assert torch.equal(rows, weights[name][index].t()[start : start + INTERMEDIATE])
+    assert reads == [(name, 0), (name, 1)]
