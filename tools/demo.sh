@@ -1,23 +1,25 @@
-# What `make demo` runs once moecli is installed: quantize the embedded model, then talk to it
-# with a memory budget that does not hold all of its experts.
+# What `make demo` runs once moecli is installed: quantize the embedded model, then ask it for a
+# story under a memory budget that does not hold all of its experts.
 set -eu
 
 out=demo-out
-say() { printf '\n$ %s\n' "$*"; }
+prompt='Tell me a short story about a fox named Vera.'
 
 if [ ! -e "$out" ]; then
-    say moecli quantize demo -q int4 -o "$out"
+    echo "\$ moecli quantize demo -q int4 -o $out"
     moecli quantize demo -q int4 -o "$out"
 fi
-say moecli run "$out" --ram 8MiB -v --temp 0 "'What is the capital of France?'"
-moecli run "$out" --ram 8MiB -v --temp 0 'What is the capital of France?'
+echo
+echo "\$ moecli run $out --ram 16MiB --ctx 1024 --temp 0 -v \"$prompt\""
+moecli run "$out" --ram 16MiB --ctx 1024 --temp 0 -v "$prompt" </dev/null
 cat <<'EOF'
 
-The model has 128 experts; the budget above holds some of them, the others were read from disk when
-they were needed. What to type next:
+Not all of the model's 128 experts fit that budget; the others were read from disk when they were
+wanted. What to type next:
 
   . .venv/bin/activate
-  moecli chat                        talk to the same model
-  moecli show demo-out               what it is made of
-  moecli quantize DIR -q int4        your own Llama 4 or Qwen3-MoE checkpoint
+  moecli chat                     talk to the same model
+  moecli show demo-out            what it is made of
+  moecli plan demo --ram 16MiB --ctx 1024   what lies where
+  moecli quantize DIR -q int4     your own Llama 4 or Qwen3-MoE checkpoint
 EOF
