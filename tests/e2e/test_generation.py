@@ -12,6 +12,7 @@ from moecli.events import Finished, PrefillProgress, TextDelta
 from moecli.session import Session
 from offload.disk import DiskTier
 from offload.errors import OffloadError
+from tests.e2e import tiny
 
 GREEDY = SamplingConfig(temperature=0, max_tokens=12)
 LONG = "a prompt that crosses the border of several chunks of attention. "
@@ -134,13 +135,15 @@ def test_a_seed_repeats_the_answer_and_another_changes_it(engine: Engine) -> Non
 def test_a_read_that_fails_costs_the_answer_and_nothing_else(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine.open(quantized, EngineConfig(ctx=256, keep_experts=False)) as engine:
+    config = EngineConfig(ctx=256, prefill_chunk=20, keep_experts=False)
+    with Engine.open(quantized, config) as engine:
         session, tokens = engine.new_session(), engine.encode_text(LONG)
         whole = finish(engine, engine.new_session(), tokens)
         read, countdown = DiskTier.read_into, iter(range(60))
+        first_chunk = tiny.EXPERTS * tiny.LAYERS  # reads at most; the second crosses a border
 
         def failing(self: DiskTier, key: tuple[int, int], buffer: memoryview) -> int:
-            if next(countdown) == 30:
+            if next(countdown) == first_chunk + 6:
                 raise OffloadError("`model.safetensors` cannot be read", "try again")
             return read(self, key, buffer)
 
@@ -148,6 +151,7 @@ def test_a_read_that_fails_costs_the_answer_and_nothing_else(
         with pytest.raises(OffloadError):
             finish(engine, session, tokens)
         engine.check_integrity()
+        assert session.cache.length < len(session.tokens), "no step died across a border"
         monkeypatch.undo()
         assert finish(engine, session, tokens).text == whole.text
         engine.check_integrity(deep=True)
