@@ -141,7 +141,7 @@ def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
 def _said(plan: "MemoryPlan") -> str:
     if plan.predicted_tok_s is None:
         return ""
-    return f" (predicted {plan.predicted_tok_s:.1f}, bound by {plan.bottleneck})"
+    return f" ({plan.bottleneck} bandwidth allows {plan.predicted_tok_s:.1f})"
 
 
 def _hits(stats: GenerationStats) -> str:
@@ -257,7 +257,11 @@ def show_plan(title: str, ctx: int, plan: "MemoryPlan") -> None:
     places = f"{slots} places for {plan.total_experts} experts"
     speed = "unknown, as long as a bandwidth is"
     if plan.predicted_tok_s is not None:
-        speed = f"{plan.predicted_tok_s:.1f} tok/s predicted, bound by {plan.bottleneck}"
+        # Today's kernels are far from this bound, so it must not read like a promise.
+        speed = (
+            f"{plan.bottleneck} bandwidth allows {plan.predicted_tok_s:.1f} tok/s; "
+            "this version's kernels reach less"
+        )
     if is_terminal(sys.stdout):
         print(f"\n{places}; decode: {speed}")
     else:

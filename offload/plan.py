@@ -79,7 +79,7 @@ class MemoryPlan:
     vram_nbytes_per_token: int  # read from VRAM by kernels
     link_nbytes_per_token: int  # expected to be copied to the device
     disk_nbytes_per_token: int  # expected to be read from disk
-    predicted_tok_s: float | None  # decode; None where a bandwidth it needs is unknown
+    predicted_tok_s: float | None  # decode, by bandwidth alone; None where one is unknown
     bottleneck: str | None  # "disk", "ram", "link" or "vram": what takes most of that time
     ram_nbytes: int  # of the budget, what the plan uses
     vram_nbytes: int
