@@ -29,7 +29,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/quantizer_error.py --json benchmarks/results/quantizer_error.json
+	$(BIN)/python benchmarks/perplexity.py --json benchmarks/results/perplexity.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out
