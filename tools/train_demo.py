@@ -183,14 +183,14 @@ def train_step(run: Run, plan: Plan, cut, progress: float):
     loss, losses, load, balance = run.model(batch)
     # A layer whose load strays towards the limits (0.1x to 4x) is pulled back harder.
     uneven = (run.load.amax(1) * run.config.num_experts > 3.2) | (
-        run.load.amin(1) * run.config.num_experts < 0.18
+        run.load.amin(1) * run.config.num_experts < 0.25
     )
-    weight = torch.where(uneven, 3e-3, plan.balance(progress)).to(run.device)
+    weight = torch.where(uneven, 5e-3, plan.balance(progress)).to(run.device)
     (loss + (weight * balance).sum()).backward()
     run.optimiser.step(plan.factor(progress, run.step))
     for param in run.model.parameters():
         param.grad = None
-    run.load.lerp_(load.detach().cpu(), 0.02 if run.step > 50 else 0.2)
+    run.load.lerp_(load.detach().cpu(), 0.1)
     return losses.detach().cpu()
 
 
