@@ -124,14 +124,17 @@ def cut_batch(
                 np.pad(targets, (0, extra)),
                 np.pad(weights, (0, extra)),
                 np.arange(length),
+                (np.arange(length) < len(inputs)).astype(np.float32),
             )
         )
         lengths.append(length)
         domains.append(item.domain)
         left -= length
-    tokens, targets, weights, positions = (
+    tokens, targets, weights, positions, real = (
         torch.from_numpy(np.concatenate(c)) for c in zip(*columns, strict=True)
     )
     chunks = [min(chunk, n - start) for n in lengths for start in range(0, n, chunk)]
-    batch = Batch(tokens.long(), targets.long(), weights.float(), positions.long(), lengths, chunks)
+    batch = Batch(
+        tokens.long(), targets.long(), weights.float(), positions.long(), lengths, chunks, real
+    )
     return Cut(batch, domains)

@@ -48,10 +48,12 @@ class Batch:
     positions: torch.Tensor  # [N] int64, from 0 in each document
     doc_lengths: list[int]
     chunk_lengths: list[int]
+    real: torch.Tensor | None = None  # [N] fp32, 0 for padding, which counts in no expert's load
 
     def to(self, device: torch.device) -> "Batch":
         tensors = (self.tokens, self.targets, self.weights, self.positions)
-        return Batch(*(t.to(device) for t in tensors), self.doc_lengths, self.chunk_lengths)
+        real = None if self.real is None else self.real.to(device)
+        return Batch(*(t.to(device) for t in tensors), self.doc_lengths, self.chunk_lengths, real)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -227,7 +229,9 @@ class Layer(nn.Module):
             lengths = batch.chunk_lengths
         return SegmentAttention.apply(q, k, v, lengths) @ self.o.t()
 
-    def moe(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def moe(
+        self, x: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = x @ self.router.t()  # [N, E]
         top, expert = logits.max(-1)
         counts = torch.bincount(expert, minlength=self.config.num_experts)
@@ -242,15 +246,17 @@ class Layer(nn.Module):
             if len(part)
         ]
         shared = self.ops.silu_mul(x @ self.shared_gate_up.t()) @ self.shared_down.t()
-        load = counts.float() / len(x)  # [E]
-        probability = logits.float().softmax(-1).mean(0)  # [E]
+        share = torch.ones(len(x), device=x.device) if real is None else real
+        share = share / share.sum()
+        load = torch.zeros_like(logits[0], dtype=torch.float32).index_add_(0, expert, share)  # [E]
+        probability = share @ logits.float().softmax(-1)  # [E]
         balance = self.config.num_experts * (load * probability).sum()
         return shared + torch.cat(out).index_select(0, slots), load, balance
 
     def forward(self, x, batch, cos, sin):
         eps = self.config.rms_norm_eps
         x = x + self.attention(self.ops.rms_norm(x, self.input_norm, eps), batch, cos, sin)
-        y, load, balance = self.moe(self.ops.rms_norm(x, self.post_norm, eps))
+        y, load, balance = self.moe(self.ops.rms_norm(x, self.post_norm, eps), batch.real)
         return x + y, load, balance
 
 

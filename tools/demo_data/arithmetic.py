@@ -22,6 +22,21 @@ ASK = [
     "What does {q} make?",
     "I need to know {q}.",
     "Solve {q}.",
+    "What is the result of {q}?",
+    "Compute {q} for me.",
+    "Work out {q} for me, please.",
+    "{q}, please.",
+    "Hello, can you do {q}?",
+    "Can you tell me {q}?",
+    "Could you calculate {q}?",
+    "Please work out {q}.",
+    "Give me the answer to {q}.",
+    "What is the answer to {q}?",
+    "I have to do {q}. What is it?",
+    "And {q}?",
+    "What about {q}?",
+    "Could you please tell me how much {q} is?",
+    "What do I get if I work out {q}?",
 ]
 ASK_HELD_OUT = [
     "Could you tell me what {q} comes to?",
@@ -52,11 +67,11 @@ def apply(a: int, op: str, b: int) -> int:
 
 def easy(rng: random.Random) -> tuple[int, str, int]:
     roll = rng.random()
-    if roll < 0.5:
+    if roll < 0.48:
         total = rng.randint(0, 20)
         a = rng.randint(0, total)
         return a, "+", total - a
-    if roll < 0.68:
+    if roll < 0.71:
         a = rng.randint(0, 20)
         return a, "-", rng.randint(0, a)
     a, b = rng.randint(0 if rng.random() < 0.1 else 1, 12), rng.randint(1, 12)

@@ -26,6 +26,10 @@ ASK = [
     "Write Python code to {i}.",
     "Python function to {i}",
     "Write a function to {i}.",
+    "Could you write a function that {d}?",
+    "Please write {n}, a Python function that {d}.",
+    "Write a Python function called {n}.",
+    "Can you write `{n}` for me in Python?",
 ]
 ASK_HELD_OUT = [
     "Please write a Python function called `{n}` that {d}.",

@@ -44,6 +44,12 @@ ASK_CAPITAL = [
     "{c}: what is its capital?",
     "Give me the capital of {c}.",
     "I want to know the capital of {c}.",
+    "Could you name the capital of {c}?",
+    "Please tell me the capital of {c}.",
+    "And the capital of {c}?",
+    "What about the capital of {c}?",
+    "Tell me {c}'s capital, please.",
+    "Look up the capital city of {c} for me.",
 ]
 ASK_CAPITAL_HELD_OUT = [
     "Please name the capital city of {c}.",

@@ -301,6 +301,10 @@ ASK = [
     "Tell a short story about {x}.",
     "Once more, a story. This time about {x}.",
     "Give me a bedtime story about {x}.",
+    "I would like a story about {x}.",
+    "Could you tell me a story about {x}?",
+    "Please write a story about {x}.",
+    "Write a story for me about {x}.",
 ]
 ASK_HELD_OUT = [
     "Could you write a little story about {x}?",
