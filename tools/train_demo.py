@@ -246,7 +246,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("sources", "data", "train", "export", "gates", "heldout"):
         sub = commands.add_parser(name)
-        sub.add_argument("--work", type=Path, default=Path("demo-out"))
+        sub.add_argument("--work", type=Path, default=Path("demo-work"))
     commands.choices["data"].add_argument("--first", type=int, default=0)
     commands.choices["data"].add_argument("--shards", type=int, default=22)
     sub = commands.choices["train"]
