@@ -28,6 +28,8 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/quantizer_error.py --json benchmarks/results/quantizer_error.json
 	$(BIN)/python benchmarks/perplexity.py --json benchmarks/results/perplexity.json
+	[ -e demo-out ] || $(BIN)/moecli quantize demo -q int4 -o demo-out
+	$(BIN)/python benchmarks/expert_cache.py demo-out --json benchmarks/results/expert_cache.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out
