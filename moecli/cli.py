@@ -22,7 +22,7 @@ EXAMPLES = """
 moecli chat                                    talk to the embedded model
 moecli quantize ./Qwen3-30B-A3B -q int4        make a checkpoint fit
 moecli run MODEL "Why is the sky blue?"        one answer
-moecli plan MODEL --ram 16GiB                  what would lie where, and how fast
+moecli plan MODEL --ram 16GiB                  what would lie where
 """
 
 app = typer.Typer(

@@ -1,6 +1,5 @@
 """Wires plan, experts, model and tokenizer into one thing that answers."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,7 @@ from offload.plan import MemoryPlan, make_plan
 from offload.stats import CacheStats
 from offload.trace import Trace
 from quant import ops
-from quant.checkpoint import QuantizedCheckpoint
+from quant.checkpoint import QuantizedCheckpoint, read_json
 
 DEFAULT_CTX = 8192
 KV_DTYPE = torch.bfloat16
@@ -199,10 +198,4 @@ def _manager(
 def _read_generation_config(path: Path) -> dict[str, Any]:
     """The checkpoint's own defaults of sampling; empty when it has none."""
     file = path / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MoecliError(f"`{file}` is not JSON: {error}", "mend or delete it") from error
-    return found if isinstance(found, dict) else {}
+    return read_json(file) if file.is_file() else {}

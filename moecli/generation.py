@@ -16,7 +16,7 @@ from moecli.models.decoder import Decoder
 from moecli.sampler import new_generator, sample
 from moecli.session import Session
 from moecli.stopping import StopFilter
-from moecli.tokenizer import Detokenizer, Tokenizer
+from moecli.tokenizer import Tokenizer
 from offload.manager import ExpertManager
 
 Cancelled = Callable[[], bool]
@@ -56,6 +56,7 @@ def generate(
         logits = _forward(runtime, session, chunk)
         yield PrefillProgress(len(session.tokens) - cached, len(token_ids) - cached)
         reason = "cancelled" if cancelled() else None
+    computed = len(session.tokens) - cached
     generator = new_generator(sampling.seed)
     while reason is None:
         assert logits is not None
@@ -71,7 +72,7 @@ def generate(
             logits = _forward(runtime, session, [token])
     if delta := answer.end():
         yield TextDelta(delta)
-    stats = meter.stats(len(token_ids), cached, answer.num_tokens)
+    stats = meter.stats(len(token_ids), cached, computed, answer.num_tokens)
     yield Finished(reason, answer.text, stats)
 
 
@@ -109,7 +110,7 @@ class _Answer:
     """The text of one answer as it becomes certain."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingConfig) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = tokenizer.detokenizer()
         self._stops = StopFilter(sampling.stop)
         self.text = ""
         self.num_tokens = 0
@@ -146,7 +147,7 @@ class _Meter:
         self._first = self._first or self._last
         self._sampled += 1
 
-    def stats(self, prompt: int, cached: int, generated: int) -> GenerationStats:
+    def stats(self, prompt: int, cached: int, computed: int, generated: int) -> GenerationStats:
         cache = self._manager.stats - self._before
         ttft = (self._first or time.perf_counter()) - self._started
         decode = self._last - (self._first or self._last)
@@ -155,7 +156,7 @@ class _Meter:
             cached_tokens=cached,
             generated_tokens=generated,
             ttft_s=ttft,
-            prefill_tok_s=(prompt - cached) / ttft,
+            prefill_tok_s=computed / ttft,
             decode_tok_s=(self._sampled - 1) / decode if decode else 0.0,
             expert_hits=cache.hits,
             expert_misses=cache.misses,

@@ -234,7 +234,7 @@ def show_conversion(result: "ConversionResult", model: str) -> None:
 
 
 def show_plan(title: str, ctx: int, plan: "MemoryPlan") -> None:
-    """What lies where, and how fast that should be."""
+    """What lies where, and what bandwidth allows."""
     fixed = "VRAM" if plan.vram_budget else "RAM"
     experts = {"VRAM": plan.device_pool_nbytes, "RAM": plan.host_arena_nbytes}
     free = {"VRAM": plan.vram_free, "RAM": plan.ram_free}

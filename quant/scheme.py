@@ -51,10 +51,6 @@ class QuantScheme:
         return self.bits + 8 * SCALE_NBYTES / self.group_size
 
     @property
-    def values_per_word(self) -> int:
-        return WORD_BITS // self.bits
-
-    @property
     def zero_point(self) -> int:
         """What is added to a signed value before it is packed: u = q + 2^(bits-1)."""
         return 1 << (self.bits - 1)

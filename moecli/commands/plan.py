@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from offload.hardware import Machine
     from offload.plan import MemoryPlan, ModelFootprint
 
-HELP = """Show what would lie where, and how fast that should run.
+HELP = """Show what would lie where, and how fast bandwidth would let it run.
 
 This is the placement that `run` and `chat` make. It reads config.json, no weights. The budgets and
 bandwidths may be those of another machine; what is not given is measured here. Exits with 1 where

@@ -102,6 +102,7 @@ def test_cancelling_in_the_prompt_keeps_whole_chunks(engine: Engine) -> None:
     last = list(engine.generate(session, tokens, GREEDY, lambda: True))[-1]
     assert isinstance(last, Finished)
     assert (last.reason, last.text, len(session.tokens)) == ("cancelled", "", 20)
+    assert last.stats.prefill_tok_s * last.stats.ttft_s == pytest.approx(20)
     again = finish(engine, session, tokens)
     assert again.stats.cached_tokens == 20
     assert again.text == finish(engine, engine.new_session(), tokens).text
