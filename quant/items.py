@@ -3,6 +3,7 @@
 The names come from outside: nothing here knows a model family.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -91,6 +92,13 @@ def matrix_shape(source: Checkpoint, part: TensorSlice) -> tuple[int, int]:
             "use the original checkpoint, one that is not quantized",
         )
     return shape[0], shape[1]
+
+
+def stored_nbytes(source: Checkpoint, part: TensorSlice) -> int:
+    """What a slice takes of the source's bytes, however they are stored."""
+    info = source.info(part.name)
+    whole = math.prod(info.shape)
+    return info.nbytes * math.prod(shape_of(source, part)) // whole if whole else 0
 
 
 @dataclass

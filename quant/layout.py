@@ -1,12 +1,12 @@
 """Knows the bytes of one expert, in the file, in memory and on the device; knows no addresses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from quant.scheme import QuantScheme
+from quant.scheme import WORD_BITS, QuantScheme
 from quant.tensor import QuantizedWeight
 
 SLOT_ALIGNMENT = 4096
@@ -31,6 +31,17 @@ class ExpertWeights:
     gate: QuantizedWeight
     up: QuantizedWeight
     down: QuantizedWeight
+
+    def part(self, begin: int, end: int) -> "ExpertWeights":
+        """Intermediate rows begin..end-1 alone, for down those columns; shares the memory."""
+        scheme = self.down.scheme
+        words = slice(begin * scheme.bits // WORD_BITS, end * scheme.bits // WORD_BITS)
+        groups = slice(begin // scheme.group_size, end // scheme.group_size)
+        return ExpertWeights(
+            QuantizedWeight(self.gate.packed[begin:end], self.gate.scale[begin:end], scheme),
+            QuantizedWeight(self.up.packed[begin:end], self.up.scale[begin:end], scheme),
+            QuantizedWeight(self.down.packed[:, words], self.down.scale[:, groups], scheme),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,3 +128,24 @@ class ExpertLayout:
             assert source.scale.shape == destination.scale.shape, f"`{name}` has a wrong shape"
             destination.packed.copy_(source.packed)
             destination.scale.copy_(source.scale)
+
+    def check_span(self, begin: int, end: int) -> None:
+        """Assert that intermediate rows begin..end-1 are some, and whole groups of down."""
+        group_size = self.scheme.group_size
+        assert 0 <= begin < end <= self.intermediate_size, (
+            f"{begin}..{end} is no part of {self.intermediate_size} intermediate rows"
+        )
+        assert begin % group_size == end % group_size == 0, (
+            f"{begin}..{end} cuts groups of {group_size}"
+        )
+
+    def restricted(self, begin: int, end: int) -> "ExpertLayout":
+        """The layout of the expert that has intermediate rows begin..end-1 alone."""
+        self.check_span(begin, end)
+        return replace(self, intermediate_size=end - begin)
+
+    def cut(self, blob: Tensor, begin: int, end: int, out: Tensor) -> None:
+        """Copy intermediate rows begin..end-1 of the expert in `blob` into `out`, as an expert of
+        `restricted(begin, end)`: experts of two such halves add up to the whole one.
+        """
+        self.restricted(begin, end).write(self.views(blob).part(begin, end), out)

@@ -2,55 +2,93 @@
 
 Legend: T tokens, k choices a token, E experts of a layer, H hidden, O out, I in features.
 
-`torch.ops.moecli.*` take flat tensors; `linear` and `routed_experts` are their typed faces.
-Backends: "reference" expands whole weights to fp32; "torch" expands tiles that stay in cache and
-differs from it by at most 1e-5 of the largest output.
+`torch.ops.moecli.*` take flat tensors; the functions here are their typed faces. Backends:
+"reference" expands whole weights to fp32; "torch" expands tiles that stay in cache and differs
+from it by at most 1e-5 of the largest output; "triton" is kernels for CUDA, or for the CPU in
+Triton's interpreter. "auto" is "triton" for tensors on CUDA and "torch" for all others.
 """
 
-import ctypes
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from quant.bnb import BnbWeight
 from quant.errors import QuantError
 from quant.kernels import reference, tiled
-from quant.layout import ExpertLayout, ExpertWeights
+from quant.kernels.experts import ACTIVATIONS, TorchBackend
+from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
 
-
-@dataclass(frozen=True)
-class Backend:
-    """How the ops are computed on the CPU; everything but weights is fp32 here."""
-
-    linear_quantized: Callable[[Tensor, QuantizedWeight], Tensor]  # [T, I] -> [T, O]
-    linear_float: Callable[[Tensor, Tensor], Tensor]  # [T, I], [O, I] -> [T, O]
+Span = tuple[int, int]  # intermediate rows begin..end-1
 
 
-BACKENDS = {
-    "reference": Backend(reference.linear_quantized, reference.linear_float),
-    "torch": Backend(tiled.linear_quantized, tiled.linear_float),
+class Backend(Protocol):
+    """Who computes: two products that keep x's dtype, and routed experts, which are fp32."""
+
+    def linear_quantized(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        """x [T, I] -> [T, O]"""
+
+    def linear_float(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, I], weight [O, I] -> [T, O]"""
+
+    def routed_experts(
+        self,
+        hidden: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        addresses: Tensor,
+        layout: ExpertLayout,
+        *,
+        activation: str,
+        weight_on_input: bool,
+        span: Span,
+    ) -> Tensor: ...
+
+    def add_routed_experts(
+        self,
+        out: Tensor,
+        hidden: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        addresses: Tensor,
+        layout: ExpertLayout,
+        *,
+        activation: str,
+        weight_on_input: bool,
+        span: Span,
+    ) -> None: ...
+
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+_TORCH_BACKENDS = {
+    "reference": TorchBackend(reference.linear_quantized, reference.linear_float),
+    "torch": TorchBackend(tiled.linear_quantized, tiled.linear_float),
 }
-_ACTIVATIONS = {"silu": torch.nn.functional.silu}
-_backend = "torch"
+_chosen = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Choose who computes from now on, in every thread."""
-    global _backend
+    """Choose who computes from now on, in every thread. Raises QuantError where it cannot."""
+    global _chosen
     if name not in BACKENDS:
         raise QuantError(f"no kernels are called `{name}`", f"use one of {', '.join(BACKENDS)}")
-    _backend = name
+    if name == "triton":
+        _triton_backend()
+    _chosen = name
 
 
 def current_backend() -> str:
-    return _backend
+    return _chosen
 
 
-def linear(x: Tensor, weight: QuantizedWeight | Tensor) -> Tensor:
+def linear(x: Tensor, weight: QuantizedWeight | BnbWeight | Tensor) -> Tensor:
     """x [..., I] by a weight [O, I], quantized or of any float dtype -> [..., O] in x's dtype."""
+    if isinstance(weight, BnbWeight):
+        return weight.linear(x)
     if isinstance(weight, QuantizedWeight):
         scheme = weight.scheme
         result: Tensor = torch.ops.moecli.linear_quantized(
@@ -69,35 +107,97 @@ def routed_experts(
     *,
     activation: str = "silu",
     weight_on_input: bool = False,
+    span: Span | None = None,
 ) -> Tensor:
     """What each choice contributes: fp32 [T, k, H], exact zeros where the expert is not here.
 
     A contribution is weight * Expert(x), or Expert(weight * x) with `weight_on_input`. It depends
     on the tokens that chose this expert and on nothing else, so experts can be done in several
-    waves, and the sum over k of all waves is bitwise that of one.
+    waves, and the sum over k of all waves is bitwise that of one. With `span` only intermediate
+    rows begin..end-1 contribute, whole groups; spans that make up the whole add up to it.
 
-    The memory behind `addresses` must hold `layout.nbytes` bytes and stay as it is meanwhile.
+    The memory behind `addresses` must hold `layout.nbytes` bytes, the whole expert whatever the
+    span is, and stay as it is meanwhile.
     """
-    scheme = layout.scheme
     result: Tensor = torch.ops.moecli.routed_experts(
-        hidden,
-        topk_ids,
-        topk_weights,
-        addresses,
-        layout.intermediate_size,
-        scheme.bits,
-        scheme.group_size,
-        activation,
-        weight_on_input,
+        *(hidden, topk_ids, topk_weights, addresses),
+        *_flat(layout, activation, weight_on_input, span),
     )
     return result
 
 
+def add_routed_experts(
+    out: Tensor,  # fp32 [T, H], contiguous
+    hidden: Tensor,  # [T, H]
+    topk_ids: Tensor,  # int64 [T, k]
+    topk_weights: Tensor,  # [T, k]
+    addresses: Tensor,  # int64 [E]; 0: contributes nothing
+    layout: ExpertLayout,
+    *,
+    activation: str = "silu",
+    weight_on_input: bool = False,
+    span: Span | None = None,
+) -> None:
+    """out += the sum over k of `routed_experts`, in an order that depends on shapes alone.
+
+    Kernels neither wait for the host nor ask it anything, and read 16 bytes at once: addresses
+    are multiples of 16. Otherwise what `routed_experts` says of them holds.
+    """
+    torch.ops.moecli.add_routed_experts(
+        *(out, hidden, topk_ids, topk_weights, addresses),
+        *_flat(layout, activation, weight_on_input, span),
+    )
+
+
+def _flat(
+    layout: ExpertLayout, activation: str, weight_on_input: bool, span: Span | None
+) -> tuple[int | str | bool, ...]:
+    """What the ops want to know beside tensors."""
+    assert activation in ACTIVATIONS, f"unknown activation {activation}"
+    begin, end = (0, layout.intermediate_size) if span is None else span
+    layout.check_span(begin, end)
+    scheme = layout.scheme
+    return (
+        *(layout.intermediate_size, scheme.bits, scheme.group_size),
+        *(activation, weight_on_input, begin, end),
+    )
+
+
+def _backend(x: Tensor) -> Backend:
+    """Who computes on the device of `x`."""
+    name = _chosen
+    if name == "auto":
+        name = "triton" if x.is_cuda else "torch"
+    if name != "triton":
+        return _TORCH_BACKENDS[name]
+    backend, interpreted = _triton_backend()
+    if not x.is_cuda and not interpreted:
+        raise QuantError(
+            f"the kernels `triton` cannot compute on {x.device.type}",
+            "use `--kernels auto`, or set TRITON_INTERPRET=1 to try them without a GPU, slowly",
+        )
+    return backend
+
+
+@functools.cache
+def _triton_backend() -> tuple[Backend, bool]:
+    """The backend, and whether Triton's interpreter runs it."""
+    try:
+        import triton
+    except ImportError as error:
+        raise QuantError(
+            "the kernels `triton` need the package `triton`, which is not installed",
+            "install it, or use `--kernels torch`",
+        ) from error
+    from quant.kernels.triton import TritonBackend
+
+    return TritonBackend(), triton.knobs.runtime.interpret
+
+
 def _linear_quantized(x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
     weight = QuantizedWeight(packed, scale, QuantScheme(bits, group))
-    flat = x.reshape(-1, weight.in_features).float()  # [T, I]
-    out = BACKENDS[_backend].linear_quantized(flat, weight)
-    return out.to(x.dtype).view(*x.shape[:-1], weight.out_features)
+    out = _backend(x).linear_quantized(x.reshape(-1, weight.in_features), weight)
+    return out.view(*x.shape[:-1], weight.out_features)
 
 
 def _linear_quantized_shape(
@@ -107,9 +207,8 @@ def _linear_quantized_shape(
 
 
 def _linear_float(x: Tensor, weight: Tensor) -> Tensor:
-    flat = x.reshape(-1, weight.shape[1]).float()  # [T, I]
-    out = BACKENDS[_backend].linear_float(flat, weight)
-    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    out = _backend(x).linear_float(x.reshape(-1, weight.shape[1]), weight)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_float_shape(x: Tensor, weight: Tensor) -> Tensor:
@@ -117,85 +216,94 @@ def _linear_float_shape(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _routed_experts(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    addresses: Tensor,
-    intermediate_size: int,
-    bits: int,
-    group_size: int,
-    activation: str,
-    weight_on_input: bool,
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, addresses: Tensor, *flat: Any
 ) -> Tensor:
-    num_tokens, hidden_size = hidden.shape
-    num_choices = topk_ids.shape[1]
-    layout = ExpertLayout(hidden_size, intermediate_size, QuantScheme(bits, group_size))
-    x = hidden.float()  # [T, H]
-    weights = topk_weights.float().reshape(-1, 1)  # [T * k, 1]
-    out = x.new_zeros(num_tokens * num_choices, hidden_size)  # [T * k, H]
-    where = addresses.tolist()
-    for expert, positions in _by_expert(topk_ids.flatten().tolist(), len(where)).items():
-        if where[expert] == 0:
-            continue
-        chosen = torch.tensor(positions)  # [n], which of T * k
-        rows, row_weights = x[chosen // num_choices], weights[chosen]  # [n, H], [n, 1]
-        expert_weights = layout.views(_memory(where[expert], layout.nbytes))
-        if weight_on_input:
-            result = _expert(rows * row_weights, expert_weights, activation)
-        else:
-            result = _expert(rows, expert_weights, activation).mul_(row_weights)
-        out[chosen] = result
-    return out.view(num_tokens, num_choices, hidden_size)
+    layout, options = _typed(hidden.shape[1], *flat)
+    return _backend(hidden).routed_experts(
+        hidden, topk_ids, topk_weights, addresses, layout, **options
+    )
 
 
 def _routed_experts_shape(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    addresses: Tensor,
-    intermediate_size: int,
-    bits: int,
-    group_size: int,
-    activation: str,
-    weight_on_input: bool,
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, addresses: Tensor, *flat: Any
 ) -> Tensor:
     shape = (hidden.shape[0], topk_ids.shape[1], hidden.shape[1])
     return hidden.new_empty(shape, dtype=torch.float32)
 
 
-def _expert(x: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
-    """x fp32 [n, H] -> fp32 [n, H]"""
-    multiply = BACKENDS[_backend].linear_quantized
-    gate, up = multiply(x, weights.gate), multiply(x, weights.up)  # [n, intermediate]
-    return multiply(_ACTIVATIONS[activation](gate).mul_(up), weights.down)
+def _add_routed_experts(
+    out: Tensor,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    addresses: Tensor,
+    *flat: Any,
+) -> None:
+    _check_out(out, hidden)
+    layout, options = _typed(hidden.shape[1], *flat)
+    _backend(hidden).add_routed_experts(
+        out, hidden, topk_ids, topk_weights, addresses, layout, **options
+    )
 
 
-def _by_expert(ids: list[int], num_experts: int) -> dict[int, list[int]]:
-    """Expert -> which of the T * k choices name it."""
-    chosen: dict[int, list[int]] = {}
-    for position, expert in enumerate(ids):
-        assert 0 <= expert < num_experts, f"expert {expert} of {num_experts} was chosen"
-        chosen.setdefault(expert, []).append(position)
-    return chosen
+def _add_routed_experts_shape(
+    out: Tensor,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    addresses: Tensor,
+    *flat: Any,
+) -> None:
+    _check_out(out, hidden)
 
 
-def _memory(address: int, nbytes: int) -> Tensor:
-    """The bytes at an address as uint8 [nbytes], not copied."""
-    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+def _check_out(out: Tensor, hidden: Tensor) -> None:
+    assert out.dtype == torch.float32, f"sums of experts are fp32, not {out.dtype}"
+    assert out.is_contiguous(), "sums of experts are contiguous"
+    assert out.shape == hidden.shape, f"out is {tuple(out.shape)}, hidden {tuple(hidden.shape)}"
 
 
-_OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+def _typed(
+    hidden_size: int,
+    intermediate_size: int,
+    bits: int,
+    group_size: int,
+    activation: str,
+    weight_on_input: bool,
+    begin: int,
+    end: int,
+) -> tuple[ExpertLayout, dict[str, Any]]:
+    """What `_flat` has flattened: the layout, and the arguments by keyword."""
+    layout = ExpertLayout(hidden_size, intermediate_size, QuantScheme(bits, group_size))
+    layout.check_span(begin, end)
+    options = {
+        "activation": activation,
+        "weight_on_input": weight_on_input,
+        "span": (begin, end),
+    }
+    return layout, options
+
+
+_CHOICES = (
+    "Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor addresses, "
+    "int intermediate_size, int bits, int group_size, str activation, bool weight_on_input, "
+    "int begin, int end"
+)
+_OPS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
     "linear_quantized(Tensor x, Tensor packed, Tensor scale, int bits, int group_size) -> Tensor": (
         _linear_quantized,
         _linear_quantized_shape,
     ),
     "linear_float(Tensor x, Tensor weight) -> Tensor": (_linear_float, _linear_float_shape),
-    "routed_experts(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor addresses, "
-    "int intermediate_size, int bits, int group_size, str activation, bool weight_on_input) "
-    "-> Tensor": (_routed_experts, _routed_experts_shape),
+    f"routed_experts({_CHOICES}) -> Tensor": (_routed_experts, _routed_experts_shape),
+    f"add_routed_experts(Tensor(a!) out, {_CHOICES}) -> ()": (
+        _add_routed_experts,
+        _add_routed_experts_shape,
+    ),
 }
 _library = torch.library.Library("moecli", "DEF")
 for _schema, (_compute, _shape) in _OPS.items():
     _name = _library.define(_schema)
-    _library.impl(_name, _compute, "CPU")
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _compute, _key)
     torch.library.register_fake(f"moecli::{_name}", _shape, lib=_library)

@@ -14,7 +14,7 @@ import torch
 
 from quant.checkpoint import SINGLE_FILE, Checkpoint
 from quant.errors import QuantError
-from quant.items import DenseItem, ExpertItem, matrix_shape, shape_of
+from quant.items import DenseItem, ExpertItem, matrix_shape, shape_of, stored_nbytes
 from quant.layout import SLOT_ALIGNMENT, ExpertLayout
 from quant.safetensors_file import TensorEntry, build_header
 from quant.scheme import QuantScheme
@@ -134,7 +134,7 @@ def _expert_unit(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> 
                 f"where {list(expected)} is needed",
                 "the checkpoint and its config do not belong together; download both again",
             )
-        source_nbytes += math.prod(shape) * source.info(part.name).dtype.itemsize
+        source_nbytes += stored_nbytes(source, part)
     tensors = tuple(
         OutputTensor(f"{item.prefix}.{part.name}", part.dtype, part.shape) for part in layout.parts
     )
@@ -145,7 +145,7 @@ def _expert_unit(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> 
 def _dense_unit(source: Checkpoint, item: DenseItem) -> Unit:
     info, shape = source.info(item.source.name), shape_of(source, item.source)
     count = math.prod(shape)
-    source_nbytes = count * info.dtype.itemsize
+    source_nbytes = stored_nbytes(source, item.source)
     if item.scheme is None:
         kept = OutputTensor(item.name, kept_dtype(info.dtype), shape)
         return Unit(item, (kept,), b"", source_nbytes, count)

@@ -35,3 +35,14 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scale.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """The same weight on `device`; itself where it lies there already."""
+        packed, scale = self.packed.to(device), self.scale.to(device)
+        if packed is self.packed and scale is self.scale:
+            return self
+        return QuantizedWeight(packed, scale, self.scheme)

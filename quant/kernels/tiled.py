@@ -32,7 +32,7 @@ def linear_float(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, weight)
     out_features, in_features = weight.shape
     rows = _tile_rows(in_features)
-    values = _buffer("values", rows * in_features, torch.float32).view(rows, in_features)
+    values = _buffer("values", rows * in_features, torch.float32, x.device).view(rows, in_features)
     out = x.new_zeros(x.shape[0], out_features)  # [T, O]
     for start in range(0, out_features, rows):
         source = weight[start : start + rows]  # [R, I]
@@ -48,9 +48,9 @@ def _linear_int4(x: Tensor, weight: QuantizedWeight) -> Tensor:
     out_features, in_features = weight.out_features, weight.in_features
     groups, half_group = weight.scale.shape[1], weight.scheme.group_size // 2
     rows, half = _tile_rows(in_features), in_features // 2
-    codes = _buffer("codes", rows * half, torch.uint8).view(rows, half)
-    values = _buffer("values", rows * half, torch.float32).view(rows, half)
-    scales = _buffer("scales", rows * groups, torch.float32).view(rows, groups)
+    codes = _buffer("codes", rows * half, torch.uint8, x.device).view(rows, half)
+    values = _buffer("values", rows * half, torch.float32, x.device).view(rows, half)
+    scales = _buffer("scales", rows * groups, torch.float32, x.device).view(rows, groups)
     even, odd = x[:, 0::2].contiguous(), x[:, 1::2].contiguous()  # [T, I/2]
     offsets = x.view(x.shape[0], groups, 2 * half_group).sum(-1).mul_(-8.0)  # [T, G]
     source = weight.packed.view(torch.uint8)  # [O, I/2]
@@ -73,9 +73,9 @@ def _linear_int8(x: Tensor, weight: QuantizedWeight) -> Tensor:
     out_features, in_features = weight.out_features, weight.in_features
     groups, group_size = weight.scale.shape[1], weight.scheme.group_size
     rows = _tile_rows(in_features)
-    codes = _buffer("codes", rows * in_features, torch.uint8).view(rows, in_features)
-    values = _buffer("values", rows * in_features, torch.float32).view(rows, in_features)
-    scales = _buffer("scales", rows * groups, torch.float32).view(rows, groups)
+    codes = _buffer("codes", rows * in_features, torch.uint8, x.device).view(rows, in_features)
+    values = _buffer("values", rows * in_features, torch.float32, x.device).view(rows, in_features)
+    scales = _buffer("scales", rows * groups, torch.float32, x.device).view(rows, groups)
     source = weight.packed.view(torch.uint8)  # [O, I]
     out = x.new_zeros(x.shape[0], out_features)  # [T, O]
     for start in range(0, out_features, rows):
@@ -108,12 +108,13 @@ def _tile_rows(in_features: int) -> int:
     return max(_ROW_ALIGNMENT, rows - rows % _ROW_ALIGNMENT)
 
 
-def _buffer(name: str, size: int, dtype: torch.dtype) -> Tensor:
-    """`size` values of scratch memory, kept between calls, one a thread and a name."""
-    buffer = getattr(_scratch, name, None)
+def _buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`size` values of scratch memory, kept between calls, one a thread, a name and a device."""
+    key = f"{name} on {device}"
+    buffer = getattr(_scratch, key, None)
     if buffer is None or buffer.numel() < size:
         # Inference tensors could not be written by a later call outside of inference mode.
         with torch.inference_mode(False):
-            buffer = torch.empty(size, dtype=dtype)
-        setattr(_scratch, name, buffer)
+            buffer = torch.empty(size, dtype=dtype, device=device)
+        setattr(_scratch, key, buffer)
     return buffer[:size]

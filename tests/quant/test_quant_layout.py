@@ -7,6 +7,7 @@ from quant.errors import QuantError
 from quant.layout import ExpertLayout
 from quant.quantize import dequantize, quantize
 from quant.scheme import QuantScheme
+from tests.quant.quant_experts import Experts
 
 SCHEMES = [QuantScheme(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
 
@@ -67,6 +68,30 @@ def test_a_written_expert_reads_back() -> None:
     layout.write(type(views)(gate, up, down), blob)
     for written, original in ((views.gate, gate), (views.up, up), (views.down, down)):
         assert torch.equal(dequantize(written), dequantize(original))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("span", [(0, 128), (128, 384), (256, 512), (0, 512)])
+def test_cut_experts_are_the_expert_in_parts(scheme: QuantScheme, span: tuple[int, int]) -> None:
+    experts = Experts(ExpertLayout(128, 512, scheme), num_experts=1)
+    layout = experts.layout.restricted(*span)
+    assert (layout.hidden_size, layout.intermediate_size) == (128, span[1] - span[0])
+    assert layout.nbytes * 512 == experts.layout.nbytes * (span[1] - span[0])
+    blob = torch.full((layout.nbytes + 1,), 0xAB, dtype=torch.uint8)
+    experts.layout.cut(experts.blob(0), *span, blob)
+    assert blob[-1] == 0xAB
+    whole, part = experts.layout.views(experts.blob(0)), layout.views(blob)
+    rows = slice(*span)
+    assert torch.equal(dequantize(part.gate), dequantize(whole.gate)[rows])
+    assert torch.equal(dequantize(part.up), dequantize(whole.up)[rows])
+    assert torch.equal(dequantize(part.down), dequantize(whole.down)[:, rows])
+
+
+def test_parts_that_cut_groups_are_our_bug() -> None:
+    layout = ExpertLayout(64, 256, QuantScheme(4, 64))
+    for begin, end in ((32, 128), (0, 96), (64, 64), (128, 64), (-64, 64), (192, 320)):
+        with pytest.raises(AssertionError, match=r"is no part of|cuts groups"):
+            layout.restricted(begin, end)
 
 
 def test_shapes_that_groups_do_not_divide_are_refused() -> None:

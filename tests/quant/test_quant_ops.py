@@ -1,39 +1,37 @@
 """Every op, every backend: against an fp64 oracle, by shapes, and alone among absent experts."""
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from quant import ops
 from quant.errors import QuantError
-from quant.layout import ExpertLayout, ExpertWeights
+from quant.layout import ExpertLayout
 from quant.quantize import dequantize, quantize
 from quant.scheme import QuantScheme
+from tests.quant.quant_experts import DEVICES, Experts, assert_close, random
 
+ROOT = Path(__file__).parents[2]
 SCHEMES = [QuantScheme(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
-TOLERANCE = 1e-5  # of the largest output
 
 
-@pytest.fixture(params=["reference", "torch"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
     before = ops.current_backend()
-    ops.set_backend(request.param)
-    yield request.param
+    yield
     ops.set_backend(before)
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_close(actual: Tensor, exact: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == exact.shape
-    if exact.numel():
-        error = (actual.double() - exact).abs().max() / exact.abs().max()
-        assert error <= tolerance, f"differs by {error:.1e} of the largest output"
+@pytest.fixture(params=["reference", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    ops.set_backend(request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
@@ -76,47 +74,8 @@ def test_linear_keeps_leading_dimensions_and_dtype(
     )
 
 
-class Experts:
-    """Random experts of one layer in memory, and what they compute in fp64."""
-
-    def __init__(self, scheme: QuantScheme, num_experts: int = 5) -> None:
-        self.layout = ExpertLayout(128, 256, scheme)
-        self.blobs = []
-        for expert in range(num_experts):
-            weights = [
-                quantize(random(*shape, seed=3 * expert + i) / 8, scheme, "nearest")
-                for i, shape in enumerate(self.layout.projections.values())
-            ]
-            blob = torch.zeros(self.layout.slot_nbytes, dtype=torch.uint8)
-            self.layout.write(ExpertWeights(*weights), blob)
-            self.blobs.append(blob)
-
-    def addresses(self, present: set[int] | None = None) -> Tensor:
-        return torch.tensor(
-            [
-                blob.data_ptr() if present is None or expert in present else 0
-                for expert, blob in enumerate(self.blobs)
-            ]
-        )
-
-    def exact(self, expert: int, x: Tensor) -> Tensor:
-        weights = self.layout.views(self.blobs[expert])
-        gate, up, down = (
-            dequantize(w, torch.float64) for w in (weights.gate, weights.up, weights.down)
-        )
-        return (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
-
-    def contributions(
-        self, hidden: Tensor, ids: Tensor, weights: Tensor, weight_on_input: bool
-    ) -> Tensor:
-        out = torch.zeros(*ids.shape, hidden.shape[1], dtype=torch.float64)
-        for t, k in torch.cartesian_prod(*map(torch.arange, ids.shape)).tolist():
-            x, w = hidden[t].double(), weights[t, k].double()
-            expert = int(ids[t, k])
-            out[t, k] = self.exact(expert, x * w if weight_on_input else x)
-            if not weight_on_input:
-                out[t, k] *= w
-        return out
+def experts_of(scheme: QuantScheme) -> Experts:
+    return Experts(ExpertLayout(128, 256, scheme))
 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 32), QuantScheme(8, 128)], ids=str)
@@ -130,7 +89,7 @@ def test_routed_experts(
     num_choices: int,
     weight_on_input: bool,
 ) -> None:
-    experts = Experts(scheme)
+    experts = experts_of(scheme)
     hidden = random(num_tokens, 128)
     ids = random(num_tokens, 5, seed=1).argsort(-1)[:, :num_choices]
     weights = random(num_tokens, num_choices, seed=2).sigmoid()
@@ -145,7 +104,7 @@ def test_routed_experts(
 
 
 def test_an_expert_computes_the_same_whoever_else_is_here(backend: str) -> None:
-    experts = Experts(QuantScheme())
+    experts = experts_of(QuantScheme())
     hidden, ids = random(19, 128), random(19, 5, seed=1).argsort(-1)[:, :3]
     weights = random(19, 3, seed=2).sigmoid()
     whole = ops.routed_experts(hidden, ids, weights, experts.addresses(), experts.layout)
@@ -160,7 +119,7 @@ def test_an_expert_computes_the_same_whoever_else_is_here(backend: str) -> None:
 
 
 def test_an_absent_expert_is_never_read(backend: str) -> None:
-    experts = Experts(QuantScheme())
+    experts = experts_of(QuantScheme())
     y = ops.routed_experts(
         random(2, 128), torch.tensor([[0, 1], [4, 2]]), torch.ones(2, 2),
         experts.addresses(set()), experts.layout,
@@ -169,8 +128,44 @@ def test_an_absent_expert_is_never_read(backend: str) -> None:
     assert (y == 0).all()
 
 
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 64), QuantScheme(8, 32)], ids=str)
+@pytest.mark.parametrize("span", [(0, 64), (64, 192), (192, 256)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_span_contributes_alone_and_adds_to_what_was_there(
+    backend: str, scheme: QuantScheme, span: tuple[int, int], device: str
+) -> None:
+    experts = Experts(ExpertLayout(128, 256, scheme), device=device)
+    hidden, ids = random(3, 128).to(device), torch.tensor([[0, 4], [2, 0], [1, 3]], device=device)
+    weights, present = random(3, 2, seed=1).sigmoid().to(device), {0, 3, 4}
+    call = (hidden, ids, weights, experts.addresses(present), experts.layout)
+    exact = experts.contributions(hidden, ids, weights, False, present=present, span=span)
+    assert_close(ops.routed_experts(*call, span=span), exact)
+    out = random(3, 128, seed=5).to(device)
+    before = out.clone()
+    ops.add_routed_experts(out, *call, span=span)
+    assert torch.equal(out, before + ops.routed_experts(*call, span=span).sum(1))
+
+
+@pytest.mark.parametrize("span", [(0, 0), (32, 32), (64, 32), (-32, 32), (0, 288), (16, 64)])
+def test_a_span_that_is_none_is_our_bug(span: tuple[int, int]) -> None:
+    experts = experts_of(QuantScheme())
+    with pytest.raises(AssertionError, match=r"is no part of|cuts groups"):
+        ops.routed_experts(
+            random(1, 128), torch.tensor([[0]]), torch.ones(1, 1), experts.addresses(),
+            experts.layout, span=span,
+        )  # fmt: skip
+
+
+def test_sums_have_a_place_that_fits_or_it_is_our_bug() -> None:
+    experts = experts_of(QuantScheme())
+    call = (random(2, 128), torch.tensor([[0], [1]]), torch.ones(2, 1), experts.addresses())
+    for out in (torch.zeros(1, 128), torch.zeros(2, 128).half(), torch.zeros(128, 2).t()):
+        with pytest.raises(AssertionError):
+            ops.add_routed_experts(out, *call, experts.layout)
+
+
 def test_half_precision_inputs(backend: str) -> None:
-    experts = Experts(QuantScheme())
+    experts = experts_of(QuantScheme())
     hidden = random(3, 128).bfloat16()
     ids, weights = torch.tensor([[1], [0], [1]]), torch.ones(3, 1).bfloat16() / 3
     y = ops.routed_experts(hidden, ids, weights, experts.addresses(), experts.layout)
@@ -178,7 +173,7 @@ def test_half_precision_inputs(backend: str) -> None:
 
 
 def test_a_choice_that_is_no_expert_is_our_bug(backend: str) -> None:
-    experts = Experts(QuantScheme())
+    experts = experts_of(QuantScheme())
     for wrong in (-1, 5):
         with pytest.raises(AssertionError, match="was chosen"):
             ops.routed_experts(
@@ -196,12 +191,11 @@ def test_schemas_and_shape_functions() -> None:
     )
     check(torch.ops.moecli.linear_quantized.default, (x, weight.packed, weight.scale, 4, 32))
     check(torch.ops.moecli.linear_float.default, (x, random(16, 64).bfloat16()))
-    experts = Experts(QuantScheme())
+    experts = experts_of(QuantScheme())
     ids, weights = torch.tensor([[0, 3], [1, 3]]), torch.ones(2, 2)
-    check(
-        torch.ops.moecli.routed_experts.default,
-        (random(2, 128), ids, weights, experts.addresses(), 256, 4, 32, "silu", True),
-    )
+    call = (random(2, 128), ids, weights, experts.addresses(), 256, 4, 32, "silu", True, 64, 256)
+    check(torch.ops.moecli.routed_experts.default, call)
+    check(torch.ops.moecli.add_routed_experts.default, (random(2, 128), *call))
 
 
 def test_scratch_survives_inference_mode() -> None:
@@ -210,6 +204,52 @@ def test_scratch_survives_inference_mode() -> None:
     with torch.inference_mode():
         inside = ops.linear(x, weight)
     assert torch.equal(ops.linear(x, weight), inside)
+
+
+def test_the_cpu_never_meets_triton() -> None:
+    code = """
+import sys, torch
+from quant import ops
+from quant.quantize import quantize
+from quant.scheme import QuantScheme
+assert ops.current_backend() == "auto"
+ops.linear(torch.ones(2, 64), quantize(torch.ones(8, 64), QuantScheme()))
+print("triton" in sys.modules)
+"""
+    assert python(code) == "False"
+
+
+def test_kernels_for_cuda_refuse_the_cpu_outside_of_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    code = """
+import torch
+from quant import errors, ops
+ops.set_backend("triton")
+try:
+    ops.linear(torch.ones(2, 64), torch.ones(8, 64))
+except errors.QuantError as error:
+    print(error, "|", error.hint)
+"""
+    said = python(code, TRITON_INTERPRET="0")
+    assert "`triton` cannot compute on cpu" in said
+    assert "TRITON_INTERPRET=1" in said
+
+
+def test_missing_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    ops._triton_backend.cache_clear()
+    with pytest.raises(QuantError, match="not installed"):
+        ops.set_backend("triton")
+    assert ops.current_backend() != "triton"
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
 
 
 def test_an_unknown_backend_is_refused() -> None:

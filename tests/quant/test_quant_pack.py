@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.pack import pack, unpack
+from quant.scheme import QuantScheme
+from quant.tensor import QuantizedWeight
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -54,3 +56,14 @@ def test_what_does_not_fit_words_is_our_bug() -> None:
         pack(torch.zeros(2, 32, dtype=torch.int32), 4)
     with pytest.raises(AssertionError, match="are not 40 values"):
         unpack(torch.zeros(2, 4, dtype=torch.int32), 4, 40)
+
+
+def test_a_weight_moves_whole_and_stays_itself_where_it_is() -> None:
+    scheme = QuantScheme(4, 32)
+    weight = QuantizedWeight(
+        torch.zeros(3, 8, dtype=torch.int32), torch.ones(3, 2, dtype=torch.bfloat16), scheme
+    )
+    assert weight.to("cpu") is weight
+    moved = weight.to("meta")
+    assert moved.device == moved.packed.device == moved.scale.device == torch.device("meta")
+    assert (moved.scheme, moved.out_features, moved.nbytes) == (scheme, 3, weight.nbytes)

@@ -1,0 +1,347 @@
+"""Knows how many tokens go through their experts: choices are sorted by expert on the device, and
+every expert is multiplied with all of its choices at once; knows nothing of how experts came there.
+
+Legend: T tokens, k choices a token, N = T * k choices, E experts, B blocks of choices, H hidden,
+I intermediate, of which S count; C codes a word.
+
+Nothing is asked of the device: there are as many blocks as the worst routing needs, and those that
+this routing leaves empty end at once. A choice depends on its token and its expert alone, and sums
+over k are in order, so that results depend neither on timing nor on what other tokens chose.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quant.kernels.triton.codes import signed_code
+from quant.kernels.triton.linear import (
+    BAND,
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    OPTIONS,
+    banded,
+    dot,
+    load_plane,
+    load_weight,
+    planes_of,
+    product,
+    tile_at,
+    token_block,
+    widen,
+)
+from quant.layout import ExpertLayout
+from quant.scheme import WORD_BITS
+
+WORKSPACE_NBYTES = 256 << 20  # tokens are taken in as many passes as this makes necessary
+_CHOICE_NBYTES = 96  # to sort a choice: sorted ids, order, counts; and what the sort itself needs
+_SUM_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Choices by expert, in blocks of one expert each."""
+
+    order: Tensor  # int64 [N]: which choice stands at each place
+    ends: Tensor  # int64 [E]: the place after the last choice of each expert
+    expert: Tensor  # int64 [B]: of each block; E: the block is empty
+    start: Tensor  # int64 [B]: the place where each block begins
+
+
+def workspace_nbytes(num_tokens: int, top_k: int, layout: ExpertLayout, itemsize: int) -> int:
+    """The most that `add_routed_experts` allocates, for activations of `itemsize` bytes.
+
+    T' * (H * itemsize + k * (I * itemsize + H * 4 + 96)), where T' is how many of the T tokens one
+    pass takes: all, or as many as keep this within WORKSPACE_NBYTES.
+    """
+    tokens = min(num_tokens, _pass_tokens(top_k, layout, itemsize))
+    return tokens * _token_nbytes(top_k, layout, itemsize)
+
+
+def add_routed_experts(
+    out: Tensor,  # fp32 [T, H], contiguous
+    hidden: Tensor,  # [T, H]
+    topk_ids: Tensor,  # int64 [T, k]
+    topk_weights: Tensor,  # [T, k]
+    addresses: Tensor,  # int64 [E], multiples of 16; 0: not here
+    layout: ExpertLayout,
+    *,
+    activation: str,
+    weight_on_input: bool,
+    span: tuple[int, int],
+) -> None:
+    """out += what the choices contribute whose expert is here.
+
+    Weights are rounded to hidden's dtype, and so is what lies between gate, up and down.
+    """
+    assert activation == "silu", f"no kernel has the activation {activation}"
+    tokens = _pass_tokens(topk_ids.shape[1], layout, hidden.itemsize)
+    for start in range(0, topk_ids.shape[0], tokens):
+        part = slice(start, start + tokens)
+        _add_pass(
+            *(out[part], hidden[part], topk_ids[part], topk_weights[part], addresses, layout),
+            weight_on_input=weight_on_input,
+            span=span,
+        )
+
+
+def _add_pass(
+    out: Tensor,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    addresses: Tensor,
+    layout: ExpertLayout,
+    *,
+    weight_on_input: bool,
+    span: tuple[int, int],
+) -> None:
+    (num_tokens, top_k), num_experts = topk_ids.shape, addresses.numel()
+    hidden_size, size, bits = layout.hidden_size, span[1] - span[0], layout.scheme.bits
+    ids, weights = topk_ids.flatten(), topk_weights.flatten()  # [N]
+    block_tokens = token_block(triton.cdiv(ids.numel(), num_experts), hidden.dtype)
+    choices = _sort(ids, addresses, block_tokens)
+    blocks = choices.expert.numel()
+    act = hidden.new_empty(ids.numel(), size)  # [N, C, S / C], by place
+    contributions = out.new_empty(ids.numel(), hidden_size)  # fp32 [N, H], by choice
+    table = (choices.order, choices.ends, choices.expert, choices.start, addresses)
+    options = _constants(layout, span) | {
+        "NUM_EXPERTS": num_experts,
+        "BLOCK_TOKENS": block_tokens,
+        "WIDEN": widen(hidden.dtype),
+        **OPTIONS,
+    }
+    _gate_up_kernel[(banded(size) * blocks,)](
+        *(act, planes_of(hidden, bits, hidden.dtype), weights, *table, blocks),
+        TOP_K=top_k,
+        WEIGHT_ON_INPUT=weight_on_input,
+        **options,
+    )
+    _down_kernel[(banded(hidden_size) * blocks,)](contributions, act, *table, blocks, **options)
+    _sum_kernel[(num_tokens, triton.cdiv(hidden_size, _SUM_COLUMNS))](
+        *(out, contributions, ids, addresses),
+        TOP_K=top_k,
+        HIDDEN=hidden_size,
+        COLUMNS=_SUM_COLUMNS,
+        **OPTIONS,
+    )
+
+
+def _sort(ids: Tensor, addresses: Tensor, block_tokens: int) -> _Sorted:
+    """Choices of experts that are not here are sorted too, but are in no block."""
+    num_experts, num_choices = addresses.numel(), ids.numel()
+    # At worst every expert has a block with a single choice; no block is without one.
+    blocks = min(num_choices, (num_choices + num_experts * (block_tokens - 1)) // block_tokens)
+    order = ids.argsort(stable=True)
+    counts = torch.zeros_like(addresses).scatter_add_(0, ids, torch.ones_like(ids))  # [E]
+    ends = counts.cumsum(0)
+    per_expert = torch.where(addresses == 0, 0, (counts + block_tokens - 1) // block_tokens)
+    block_ends = per_expert.cumsum(0)  # [E]
+    block = torch.arange(blocks, device=ids.device)  # [B]
+    expert = torch.searchsorted(block_ends, block, right=True)
+    known = expert.clamp(max=num_experts - 1)
+    in_expert = block - (block_ends - per_expert)[known]
+    return _Sorted(order, ends, expert, (ends - counts)[known] + in_expert * block_tokens)
+
+
+def _token_nbytes(top_k: int, layout: ExpertLayout, itemsize: int) -> int:
+    """Workspace of one token: its planes, and of its choices act, contribution and sorting."""
+    hidden_size, intermediate_size = layout.hidden_size, layout.intermediate_size
+    choice = intermediate_size * itemsize + hidden_size * 4 + _CHOICE_NBYTES
+    return hidden_size * itemsize + top_k * choice
+
+
+def _pass_tokens(top_k: int, layout: ExpertLayout, itemsize: int) -> int:
+    return max(1, WORKSPACE_NBYTES // _token_nbytes(top_k, layout, itemsize))
+
+
+def _constants(layout: ExpertLayout, span: tuple[int, int]) -> dict[str, int]:
+    """What both kernels must know of an expert's bytes, and how they divide it into tiles."""
+    bits, nbytes = layout.scheme.bits, layout.nbytes // 3
+    starts = [part.offset for part in layout.parts[::2]]
+    assert starts == [0, nbytes, 2 * nbytes], "gate, up and down must follow each other evenly"
+    return {
+        "HIDDEN": layout.hidden_size,
+        "INTERMEDIATE": layout.intermediate_size,
+        "BEGIN": span[0],
+        "SPAN": span[1] - span[0],
+        "BITS": bits,
+        "GROUP_SIZE": layout.scheme.group_size,
+        "PACKED_NBYTES": layout.parts[0].nbytes,
+        "PROJECTION_NBYTES": nbytes,
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_WORDS": BLOCK_COLUMNS * bits // WORD_BITS,
+        "BAND": BAND,
+    }
+
+
+@triton.jit
+def _rows_at(
+    address,  # int64: where the weight's words begin; a multiple of 16
+    row,
+    word,  # of each row the first one that counts, and the first of its group
+    rows,  # [rows], from `row` on
+    ROW_WORDS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr,
+    PACKED_NBYTES: tl.constexpr,
+):
+    """Pointers to that word and to its scale, of each row."""
+    first = row * ROW_WORDS + word
+    words = address.to(tl.pointer_type(tl.int32)) + first
+    scales = (address + PACKED_NBYTES).to(tl.pointer_type(tl.bfloat16)) + first // GROUP_WORDS
+    # Nothing is known of a pointer that was a number; said here, loads are 16 bytes wide.
+    words = tl.multiple_of(words, 16)
+    return words + rows * ROW_WORDS, scales + rows * (ROW_WORDS // GROUP_WORDS)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _gate_up_kernel(
+    act,  # [N, C, S / C], by place
+    planes,  # [T, C, H / C]
+    weights,  # [N], by choice
+    order,  # int64 [N]
+    ends,  # int64 [E]
+    experts,  # int64 [B]
+    starts,  # int64 [B]
+    addresses,  # int64 [E]
+    blocks,
+    TOP_K: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    BEGIN: tl.constexpr,
+    SPAN: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PACKED_NBYTES: tl.constexpr,
+    PROJECTION_NBYTES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BAND: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Rows of gate and of up times the choices of a block, and their activation."""
+    CODES: tl.constexpr = 32 // BITS
+    GROUP_WORDS: tl.constexpr = GROUP_SIZE // CODES
+    WORDS: tl.constexpr = HIDDEN // CODES
+    row_block, block = tile_at(tl.program_id(0), blocks, BAND)
+    expert = tl.load(experts + block)
+    if (expert < NUM_EXPERTS) & (row_block * BLOCK_ROWS < SPAN):
+        address = tl.load(addresses + expert)
+        first, rows = row_block * BLOCK_ROWS, tl.arange(0, BLOCK_ROWS)
+        row = first + rows
+        has_row = row < SPAN
+        place = tl.load(starts + block) + tl.arange(0, BLOCK_TOKENS)
+        here = place < tl.load(ends + expert)
+        choice = tl.load(order + place, here, other=0)
+        x = planes + choice // TOP_K * HIDDEN
+        gate_words, gate_scales = _rows_at(
+            *(address, BEGIN + first, 0, rows, WORDS, GROUP_WORDS, PACKED_NBYTES)
+        )
+        up_words, up_scales = _rows_at(
+            *(address + PROJECTION_NBYTES, BEGIN + first, 0, rows),
+            *(WORDS, GROUP_WORDS, PACKED_NBYTES),
+        )
+        gate = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
+        up = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
+        for start in range(0, WORDS, BLOCK_WORDS):
+            gate_packed, gate_scale = load_weight(
+                gate_words, gate_scales, has_row, start, WORDS, BLOCK_WORDS, GROUP_WORDS
+            )
+            up_packed, up_scale = load_weight(
+                up_words, up_scales, has_row, start, WORDS, BLOCK_WORDS, GROUP_WORDS
+            )
+            for index in tl.static_range(CODES):
+                part = load_plane(x + index * WORDS, here, start, WORDS, BLOCK_WORDS)
+                gate = dot(signed_code(gate_packed, index, BITS) * gate_scale, part, gate, WIDEN)
+                up = dot(signed_code(up_packed, index, BITS) * up_scale, part, up, WIDEN)
+        weight = tl.load(weights + choice, here, other=0.0).to(tl.float32)[None, :]
+        up *= weight
+        if WEIGHT_ON_INPUT:  # else it is the output's, which is linear in up
+            gate *= weight
+        value = gate / (1.0 + tl.exp(-gate)) * up
+        plane = row % CODES * (SPAN // CODES) + row // CODES
+        tl.store(
+            act + place[None, :] * SPAN + plane[:, None],
+            value.to(act.dtype.element_ty),
+            here[None, :] & has_row[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _down_kernel(
+    contributions,  # fp32 [N, H], by choice
+    act,  # [N, C, S / C], by place
+    order,  # int64 [N]
+    ends,  # int64 [E]
+    experts,  # int64 [B]
+    starts,  # int64 [B]
+    addresses,  # int64 [E]
+    blocks,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    BEGIN: tl.constexpr,
+    SPAN: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PACKED_NBYTES: tl.constexpr,
+    PROJECTION_NBYTES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BAND: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Rows of down, of which the span counts, times the activations of a block."""
+    CODES: tl.constexpr = 32 // BITS
+    GROUP_WORDS: tl.constexpr = GROUP_SIZE // CODES
+    row_block, block = tile_at(tl.program_id(0), blocks, BAND)
+    expert = tl.load(experts + block)
+    if (expert < NUM_EXPERTS) & (row_block * BLOCK_ROWS < HIDDEN):
+        first, rows = row_block * BLOCK_ROWS, tl.arange(0, BLOCK_ROWS)
+        row = first + rows
+        has_row = row < HIDDEN
+        place = tl.load(starts + block) + tl.arange(0, BLOCK_TOKENS)
+        here = place < tl.load(ends + expert)
+        words, scales = _rows_at(
+            tl.load(addresses + expert) + 2 * PROJECTION_NBYTES,
+            *(first, BEGIN // CODES, rows, INTERMEDIATE // CODES, GROUP_WORDS, PACKED_NBYTES),
+        )
+        total = product(
+            *(act + place * SPAN, here, words, scales, has_row, 0, SPAN // CODES, SPAN // CODES),
+            *(BITS, GROUP_WORDS, BLOCK_TOKENS, BLOCK_ROWS, BLOCK_WORDS, WIDEN),
+        )
+        choice = tl.load(order + place, here, other=0)
+        tl.store(
+            contributions + choice[None, :] * HIDDEN + row[:, None],
+            total,
+            here[None, :] & has_row[:, None],
+        )
+
+
+@triton.jit
+def _sum_kernel(
+    out,  # fp32 [T, H]
+    contributions,  # fp32 [N, H], undefined where the expert is not here
+    ids,  # int64 [N]
+    addresses,  # int64 [E]
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program (t, b): a block of out[t] += the contributions of its choices, in order."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < HIDDEN
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for k in range(TOP_K):
+        choice = token * TOP_K + k
+        if tl.load(addresses + tl.load(ids + choice)) != 0:
+            total += tl.load(contributions + choice * HIDDEN + column, inside, other=0.0)
+    place = out + token * HIDDEN + column
+    tl.store(place, tl.load(place, inside, other=0.0) + total, inside)
