@@ -149,18 +149,84 @@ def _read_blocks(file: int, nbytes: int, direct: bool) -> DiskBandwidth:
 
 
 def measure_link(nbytes: int = 256 << 20) -> float | None:
-    """Bytes a second from pinned memory to the current CUDA device; None without one."""
+    """Bytes a second copied from pinned memory to the current CUDA device; None without one."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # [nbytes]
     target = torch.empty_like(source, device="cuda")  # [nbytes]
+    return nbytes / _device_seconds(lambda: target.copy_(source, non_blocking=True))
+
+
+def measure_zero_copy(nbytes: int = 256 << 20) -> float | None:
+    """Bytes a second that a kernel of the current CUDA device reads from pinned memory.
+
+    None without a device, and where it cannot address main memory.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    source = torch.zeros(nbytes // 8, dtype=torch.int64, pin_memory=True)  # [nbytes / 8]
+    try:
+        seen = torch.as_tensor(_OnDevice(source.data_ptr(), len(source)), device="cuda")
+    except RuntimeError:
+        return None
+    if seen.data_ptr() != source.data_ptr():
+        return None  # it was copied
+    # An operation on every element, and no copy: that would be left to the copy engine.
+    target = torch.empty_like(seen)  # [nbytes / 8], in VRAM
+    return nbytes / _device_seconds(lambda: torch.bitwise_not(seen, out=target))
+
+
+class _OnDevice:
+    """int64 numbers at an address, as torch takes them for a CUDA tensor."""
+
+    def __init__(self, address: int, count: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (count,),
+            "typestr": "<i8",
+            "version": 3,
+        }
+
+
+def measure_vram(nbytes: int = 256 << 20) -> float | None:
+    """Bytes a second that the current CUDA device reads and writes in VRAM; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    source = torch.zeros(nbytes // 16, dtype=torch.int64, device="cuda")  # [nbytes / 16]
+    target = torch.empty_like(source)
+    return nbytes / _device_seconds(lambda: torch.bitwise_not(source, out=target))
+
+
+def _device_seconds(task: Callable[[], object]) -> float:
+    """The least that `task` took on the current CUDA device, when the first run has warmed it."""
+    import torch
+
     best = float("inf")
-    for _ in range(4):
+    for _ in range(5):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        target.copy_(source, non_blocking=True)
+        task()
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
-    return nbytes / best
+    return best
+
+
+def measure_compute(compute: Callable[[], int]) -> float:
+    """Bytes a second of what `compute` works through, by the best of several runs.
+
+    It returns how many bytes one run took; what they mean is the caller's business.
+    """
+    compute()  # warms caches, threads and lazily loaded code
+    best = 0.0
+    end = time.perf_counter() + _MEASURE_S
+    while not best or time.perf_counter() < end:
+        begin = time.perf_counter()
+        nbytes = compute()
+        best = max(best, nbytes / (time.perf_counter() - begin))
+    return best

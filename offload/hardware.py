@@ -10,11 +10,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload import nvml
+
 _ISA_FLAGS = (
     *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
+_LIBRARIES_NBYTES = 192 << 20  # what libraries and kernels take that are loaded after the context
+_CONTEXT_RANGE = range(32 << 20, 2 << 30)  # beyond it, the difference is somebody else's doing
 _CGROUP_UNLIMITED = 1 << 60  # version 1 says "no limit" with a huge number
 
 
@@ -30,11 +34,19 @@ class Machine:
     disk_free: int | None = None  # on the file system of the path asked about
     ram_bw: float | None = None  # reading, all physical cores
     disk_bw: float | None = None  # reading, past the page cache
-    link_bw: float | None = None  # main memory to device
+    link_bw: float | None = None  # copies from pinned main memory to the device
+    zero_copy_bw: float | None = None  # kernels of the device that read pinned main memory
+    host_bw: float | None = None  # packed bytes of experts that the processor computes
     vram_bw: float | None = None
     gpu_name: str | None = None
+    gpu_driver: str | None = None
     vram_total: int | None = None
-    vram_free: int | None = None
+    vram_free: int | None = (
+        None  # what others leave; our own CUDA context, if measured, is free too
+    )
+    context_nbytes: int | None = (
+        None  # of VRAM, CUDA and its libraries in this process, if measured
+    )
 
 
 def detect(path: Path | None = None, gpu: bool = False, root: Path = Path("/")) -> Machine:
@@ -45,7 +57,7 @@ def detect(path: Path | None = None, gpu: bool = False, root: Path = Path("/")) 
     """
     total, available = _ram(root)
     name, isa = _cpu(root)
-    gpu_name, vram_total, vram_free = _gpu() if gpu else (None, None, None)
+    card = _gpu() if gpu else _Gpu()
     return Machine(
         ram_total=total,
         ram_available=available,
@@ -53,9 +65,11 @@ def detect(path: Path | None = None, gpu: bool = False, root: Path = Path("/")) 
         physical_cores=_physical_cores(root),
         isa=isa,
         disk_free=_disk_free(path) if path is not None else None,
-        gpu_name=gpu_name,
-        vram_total=vram_total,
-        vram_free=vram_free,
+        gpu_name=card.name,
+        gpu_driver=card.driver,
+        vram_total=card.total,
+        vram_free=card.free,
+        context_nbytes=card.context_nbytes,
     )
 
 
@@ -208,11 +222,43 @@ def _disk_free(path: Path) -> int | None:
     return None
 
 
-def _gpu() -> tuple[str | None, int | None, int | None]:
-    """(name, VRAM, free VRAM) of the current CUDA device."""
+@dataclass(frozen=True)
+class _Gpu:
+    name: str | None = None
+    driver: str | None = None
+    total: int | None = None
+    free: int | None = None
+    context_nbytes: int | None = None
+
+
+def _gpu() -> _Gpu:
+    """The current CUDA device; nothing known without one.
+
+    Its context is created here, if it is not there yet: what that costs is measured where the
+    driver tells what was free before.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        return None, None, None
+        return _Gpu()
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    library = nvml.open_library()
+    driver = before = None
+    if library is not None:
+        driver = nvml.driver_version(library)
+        before = nvml.free_nbytes(library, str(getattr(properties, "uuid", "")))
     free, total = torch.cuda.mem_get_info()
-    return torch.cuda.get_device_name(), total, free
+    context = _context_nbytes(before, free)
+    if context is None:
+        return _Gpu(properties.name, driver, total, free)
+    return _Gpu(properties.name, driver, total, free + context, context + _LIBRARIES_NBYTES)
+
+
+_contexts: list[int] = []  # what the context of this process took, once that was seen
+
+
+def _context_nbytes(before: int | None, after: int) -> int | None:
+    """What creating the context took; None where it was there before anybody looked."""
+    if not _contexts and before is not None and before - after in _CONTEXT_RANGE:
+        _contexts.append(before - after)
+    return _contexts[0] if _contexts else None

@@ -4,8 +4,10 @@ import ctypes
 import mmap
 
 from offload.errors import OffloadError
+from offload.pinning import Pinner
 
 SLOT_ALIGNMENT = 4096
+PIN_STEP_NBYTES = 1 << 30  # so much is lost at most between what is pinned and what could be
 
 
 class HostArena:
@@ -29,6 +31,9 @@ class HostArena:
         anchor = ctypes.c_char.from_buffer(self._map)
         self._base = ctypes.addressof(anchor)
         del anchor  # an export that outlived this line would keep close() from unmapping
+        self._pinner: Pinner | None = None
+        self._pinned: list[int] = []  # where each registered piece begins
+        self._device_addresses: list[int] = []  # of the pinned slots, which are the first ones
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +52,40 @@ class HostArena:
         assert 0 <= slot < self.num_slots, f"no slot {slot}"
         return self._base + slot * self.slot_nbytes
 
+    def pin(self, pinner: Pinner, step_nbytes: int = PIN_STEP_NBYTES) -> int:
+        """Pin slots from the first on, piece by piece until refused; returns how many are pinned.
+
+        A refusal is no error: the slots above stay as they are. A piece holds whole slots, so that
+        none is half pinned.
+        """
+        assert self._pinner is None, "the arena is pinned already"
+        self._pinner = pinner
+        step = max(1, step_nbytes // self.slot_nbytes)
+        for first in range(0, self.num_slots, step):
+            count = min(step, self.num_slots - first)
+            start = self.address(first)
+            if not pinner.register(start, count * self.slot_nbytes):
+                break
+            self._pinned.append(start)
+            seen = pinner.device_address(start)
+            self._device_addresses += [seen + i * self.slot_nbytes for i in range(count)]
+        return self.pinned_slots
+
+    @property
+    def pinned_slots(self) -> int:
+        return len(self._device_addresses)
+
+    def device_address(self, slot: int) -> int:
+        """Where the device that the arena is pinned for reads a slot; 0 if it cannot."""
+        assert 0 <= slot < self.num_slots, f"no slot {slot}"
+        return self._device_addresses[slot] if slot < self.pinned_slots else 0
+
     def close(self) -> None:
         """Give the memory back; every address and buffer of it is dead from here on."""
+        self._device_addresses.clear()
+        while self._pinned:
+            assert self._pinner is not None
+            self._pinner.unregister(self._pinned.pop())
         if self._map is not None:
             self._view.release()
             self._map.close()

@@ -4,9 +4,11 @@ On the device "cpu" it is the simulated device of the tests: same calls, same pr
 """
 
 import ctypes
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from offload.errors import OffloadError
+from offload.transfer import CudaTransfer, HostTransfer, Mark, Transfer
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,14 @@ class DeviceSlots(Protocol):
     def slot_nbytes(self) -> int: ...
 
     def copy_in(self, slot: int, source: memoryview) -> None:
-        """Fill a slot from main memory; on return the bytes are there and `source` is free."""
+        """Fill a slot from main memory; on return the bytes are there and `source` is free.
+
+        The kernels that were launched before `released` have read what was there.
+        """
+        ...
+
+    def released(self, slots: Iterable[int]) -> None:
+        """No further kernel will be launched that reads these slots as they are."""
         ...
 
     def address(self, slot: int) -> int:
@@ -39,10 +48,17 @@ class DeviceSlots(Protocol):
 class SlotPool:
     """`num_slots` slots in one allocation of exact size on a torch device; it never grows.
 
-    Raises OffloadError when the device has not that much memory.
+    Copies into different slots may run in several threads. Raises OffloadError when the device has
+    not that much memory.
     """
 
-    def __init__(self, num_slots: int, slot_nbytes: int, device: "torch.device | str") -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        slot_nbytes: int,
+        device: "torch.device | str",
+        transfer: Transfer | None = None,
+    ) -> None:
         import torch
 
         assert num_slots >= 1, "a device tier without slots"
@@ -56,6 +72,13 @@ class SlotPool:
                 f"`{device}` has no {nbytes / 2**30:.2f} GiB free for experts",
                 "give a smaller budget with `--vram`",
             ) from error
+        if transfer is None:
+            on_cuda = self._block.is_cuda
+            transfer = CudaTransfer(device, slot_nbytes) if on_cuda else HostTransfer()
+        self._transfer = transfer
+        self._last_reads: dict[int, Mark] = {}  # slot -> where its last release was
+        # The allocator may have given us what kernels still use that were launched before.
+        self.released(range(num_slots))
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +93,13 @@ class SlotPool:
         import torch
 
         target = self._slot(slot, source.nbytes)
-        target.copy_(torch.frombuffer(source, dtype=torch.uint8))
-        if target.is_cuda:
-            torch.cuda.current_stream(target.device).synchronize()
+        source_bytes = torch.frombuffer(source, dtype=torch.uint8)
+        self._transfer.copy(target, source_bytes, self._last_reads[slot])
+
+    def released(self, slots: Iterable[int]) -> None:
+        mark = self._transfer.mark()
+        for slot in slots:
+            self._last_reads[slot] = mark
 
     def address(self, slot: int) -> int:
         return self._slot(slot, self.slot_nbytes).data_ptr()
@@ -83,4 +110,5 @@ class SlotPool:
 
     def close(self) -> None:
         """Give the memory back; every address of it is dead from here on."""
+        self._transfer.close()
         self._block = self._block.new_empty(0)

@@ -1,4 +1,4 @@
-"""Knows the counters of a cache of experts; counts nothing itself."""
+"""Knows the counters of a cache of experts, and what they mean; counts nothing itself."""
 
 from dataclasses import asdict, dataclass, fields
 
@@ -9,7 +9,8 @@ class CacheStats:
 
     A request is one expert in one `ensure`. A hit found it in the top tier or on its way there.
     With a device, `host_hits` and `host_misses` divide the misses of the top tier by whether main
-    memory had the bytes; without one they are 0.
+    memory had the bytes; without one they are 0. `leased_hits` and `leased_misses` count what was
+    held in main memory by `lease_host`, which makes no request.
     """
 
     hits: int = 0
@@ -22,10 +23,15 @@ class CacheStats:
     ahead_nbytes: int = 0  # of these, read ahead
     device_nbytes: int = 0  # copied from main memory to the device
     prefetch_reads: int = 0  # experts read ahead
-    prefetch_hits: int = 0  # of these, asked for while they were still here
+    prefetch_hits: int = 0  # of these, asked for, or copied ahead, while they were still here
     prefetch_wasted: int = 0  # of these, evicted before anybody asked
     prefetch_dropped: int = 0  # guesses that were never read: no room, overtaken, cancelled
-    prefetch_failed: int = 0  # read-aheads that ended in an error
+    prefetch_failed: int = 0  # read-aheads and copies ahead that ended in an error
+    leased_hits: int = 0  # experts held in main memory, which had them
+    leased_misses: int = 0  # and those that it had to read first
+    copied_ahead: int = 0  # experts copied to the device on a guess
+    copied_hits: int = 0  # of these, asked for while they were still there
+    copied_wasted: int = 0  # of these, evicted before anybody asked
 
     @property
     def requests(self) -> int:
@@ -42,3 +48,22 @@ class CacheStats:
 
     def to_dict(self) -> dict[str, int | float | None]:
         return {**asdict(self), "hit_rate": self.hit_rate}
+
+
+@dataclass
+class Counts:
+    """What is counted where it happens; the tables count the rest. Names as in CacheStats."""
+
+    hits: int = 0
+    misses: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
+    disk_nbytes: int = 0
+    ahead_nbytes: int = 0
+    device_nbytes: int = 0
+    prefetch_reads: int = 0
+    prefetch_dropped: int = 0
+    prefetch_failed: int = 0
+    leased_hits: int = 0
+    leased_misses: int = 0
+    copied_ahead: int = 0

@@ -41,6 +41,7 @@ class SlotTable:
         self._keep = keep
         self._free = list(range(self.capacity - 1, -1, -1))
         self._num_pinned = 0  # entries with at least one pin
+        self._guesses: dict[ExpertKey, Entry] = {}  # read ahead and not asked for yet, oldest first
 
     @property
     def num_reclaimable(self) -> int:
@@ -93,8 +94,12 @@ class SlotTable:
 
     def note_use(self, entry: Entry) -> None:
         """An expert that was read ahead has been asked for."""
-        entry.ahead = False
+        self._forget_guess(entry)
         self.ahead_used += 1
+
+    def _forget_guess(self, entry: Entry) -> None:
+        entry.ahead = False
+        del self._guesses[entry.key]
 
     def reserve(self, key: ExpertKey, ahead: bool = False) -> Entry:
         """A slot for a missing expert, pinned by its loader until `finish` or `fail`."""
@@ -107,10 +112,35 @@ class SlotTable:
         slot = self._free.pop()
         entry = Entry(key, slot, self._addresses[slot], ahead)
         self.entries[key] = entry
+        if ahead:
+            self._guesses[key] = entry
         self._policy.admit(key)
         self._num_pinned += 1
         self.num_loading += 1
         return entry
+
+    def reserve_guess(self, key: ExpertKey) -> Entry | None:
+        """A slot for an expert that may be asked for, as `reserve` gives; None where none is due.
+
+        Guesses hold at most half of the slots. Beyond that one for another layer makes way, being
+        older; none ever makes way for another of its own layer.
+        """
+        if len(self._guesses) >= self.capacity // 2:
+            of_others = (k for k, e in self._guesses.items() if k[0] != key[0] and not e.pins)
+            victim = next(of_others, None)
+        elif self._free:
+            return self.reserve(key, ahead=True)
+        else:
+            victim = self._policy.victim(
+                lambda other: (
+                    self._is_pinned(other) or (other[0] == key[0] and other in self._guesses)
+                )
+            )
+        if victim is None:
+            return None
+        self.evictions += 1
+        self._drop(self.entries[victim])
+        return self.reserve(key, ahead=True)
 
     def _is_pinned(self, key: ExpertKey) -> bool:
         return self.entries[key].pins > 0
@@ -126,7 +156,8 @@ class SlotTable:
         assert not entry.ready, f"{describe(entry.key)} failed after it came"
         assert entry.error is None, f"{describe(entry.key)} failed twice"
         entry.error = error
-        entry.ahead = False  # neither used nor wasted
+        if entry.ahead:
+            self._forget_guess(entry)  # neither used nor wasted
         self.num_loading -= 1
         self._num_pinned -= 1
         self._drop(entry)
@@ -153,6 +184,7 @@ class SlotTable:
         self._policy.remove(entry.key)
         self._free.append(entry.slot)
         if entry.ahead:
+            self._forget_guess(entry)
             self.ahead_wasted += 1
 
     def waves(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
@@ -168,6 +200,8 @@ class SlotTable:
         assert sorted(slots + self._free) == list(range(self.capacity)), "a slot is lost or doubled"
         assert len(self._policy) == len(self.entries), "the policy ranks others than the residents"
         assert set(self._policy) == set(self.entries), "the policy ranks others than the residents"
+        ahead = {key for key, entry in self.entries.items() if entry.ahead}
+        assert set(self._guesses) == ahead, "the list of guesses is wrong"
         pinned = loading = 0
         for key, entry in self.entries.items():
             assert entry.key == key, f"{describe(key)} is filed as {describe(entry.key)}"

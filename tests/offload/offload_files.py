@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from offload.disk import DiskTier, ExpertSpan
+from offload.errors import OffloadError
 from offload.host import HostArena
 from offload.keys import ExpertKey
 from offload.manager import ExpertManager
@@ -92,6 +93,22 @@ class GatedDisk(DiskTier):
     def fail(self, error: BaseException) -> None:
         self._error = error
         self._gate.set()
+
+
+class FlakyDisk(DiskTier):
+    """The read after `fail_next` was set fails; counts those that do not."""
+
+    fail_next = False
+    num_read = 0
+
+    def read_into(self, key: ExpertKey, buffer: memoryview) -> int:
+        if self.fail_next:
+            self.fail_next = False
+            buffer[:16] = b"x" * 16  # what it then holds is undefined
+            raise OffloadError("the disk is gone")
+        nbytes = super().read_into(key, buffer)
+        self.num_read += 1
+        return nbytes
 
 
 def bytes_at(address: int, nbytes: int) -> bytes:

@@ -98,36 +98,6 @@ def test_sizes_in_hints_are_rounded_up() -> None:
     assert "5.01GiB" in caught.value.hint
 
 
-def test_device_holds_dense_and_kv_first_then_slots() -> None:
-    machine = replace(MACHINE, link_bw=900.0, vram_bw=2800.0)
-    plan = make_plan(MODEL, machine, ram_nbytes=300 + 120 * 100, vram_nbytes=1300 + 80 * 100 + 50)
-    assert (plan.device_slots, plan.host_slots) == (80, 120)
-    assert (plan.vram_nbytes, plan.vram_free) == (9300, 50)
-    assert plan.ram_nbytes == 300 + 12_000  # only the embedding besides experts
-    assert plan.hit_rate_assumed == plan.device_resident_share == 0.5
-    assert plan.disk_nbytes == 40 * 90  # copies in both do not add up
-    assert plan.link_nbytes_per_token == ACTIVE // 2
-    assert plan.disk_nbytes_per_token == ACTIVE // 4
-    assert plan.ram_nbytes_per_token == 0
-    assert plan.vram_nbytes_per_token == 2800
-    assert plan.predicted_tok_s == pytest.approx(1 / (1 + 900 / 900 + 450 / 1800))
-    assert plan.bottleneck in ("vram", "link")
-
-
-def test_a_device_that_holds_all_needs_main_memory_only_to_pass_through() -> None:
-    machine = Machine(vram_bw=2800.0)
-    plan = make_plan(MODEL, machine, ram_nbytes=10**6, vram_nbytes=10**6)
-    assert (plan.device_slots, plan.host_slots) == (160, 2)
-    assert plan.all_resident
-    assert plan.predicted_tok_s == pytest.approx(1.0)
-
-
-def test_too_little_vram_says_so() -> None:
-    with pytest.raises(OffloadError, match="of VRAM are too little") as caught:
-        make_plan(MODEL, MACHINE, vram_nbytes=1300 + 199)
-    assert "--vram" in (caught.value.hint or "")
-
-
 def test_use_beyond_what_is_available_is_told() -> None:
     plan = make_plan(MODEL, replace(MACHINE, ram_available=5000), ram_nbytes=5600)
     assert plan.ram_short == 600

@@ -1,13 +1,15 @@
 """Read-ahead: a help that never harms."""
 
 import os
+import threading
 
 import pytest
 
-import offload.manager
+import offload.ahead
 from offload.errors import OffloadError
 from offload.slots import SlotPool
 from tests.offload.offload_files import ModelFiles, bytes_at
+from tests.offload.test_offload_threads import wait_until
 
 
 def test_what_was_read_ahead_is_a_hit(files: ModelFiles) -> None:
@@ -54,6 +56,23 @@ def test_nothing_is_read_ahead_where_every_slot_is_leased(files: ModelFiles) -> 
     manager.close()
 
 
+def test_a_guess_takes_no_slot_that_a_request_waits_for(files: ModelFiles) -> None:
+    manager = files.manager(2)
+    first, second = manager.ensure(0, [0]), manager.ensure(0, [1])
+    thread = threading.Thread(target=lambda: manager.ensure(1, [0, 1]).release(), daemon=True)
+    thread.start()
+    wait_until(lambda: bool(manager._waiting.starved))
+    first.release()
+    manager.prefetch(2, [0])
+    manager.drain_prefetch()
+    assert manager.resident(2) == set()
+    assert manager.stats.prefetch_dropped == 1
+    second.release()
+    thread.join(20)
+    assert not thread.is_alive()
+    manager.close()
+
+
 def test_guesses_that_nobody_wanted_are_counted(files: ModelFiles) -> None:
     manager = files.manager(2)
     manager.prefetch(0, [0, 1])
@@ -77,7 +96,7 @@ def test_residents_are_not_read_again(files: ModelFiles) -> None:
 def test_the_queue_is_bounded_and_the_oldest_guesses_go(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload.manager, "AHEAD_LIMIT", 3)
+    monkeypatch.setattr(offload.ahead, "AHEAD_LIMIT", 3)
     disk = files.gated_disk((0, 0))
     manager = files.manager(18, num_workers=1, disk=disk)
     manager.prefetch(0, [0])
@@ -167,7 +186,7 @@ def test_a_read_ahead_that_fails_while_a_request_waits_for_it(files: ModelFiles)
     with pytest.raises(OffloadError, match="the disk is gone"):
         manager.ensure(0, [0, 1])
     manager.check_integrity(deep=True)
-    assert not manager._leases
+    assert not manager._waiting.leases
     manager.close()
 
 

@@ -1,4 +1,4 @@
-"""Random routings, budgets, leases and guesses; after every step nothing may be out of place."""
+"""Random routings, budgets, leases, guesses and failures; nothing may ever be out of place."""
 
 from collections import Counter
 
@@ -15,17 +15,23 @@ from hypothesis.stateful import (
 )
 
 import offload.manager
+from offload.errors import OffloadError
 from offload.keys import ExpertKey
 from offload.lease import Lease
 from offload.manager import ExpertManager
+from offload.pinning import SimulatedPinner
 from offload.slots import SlotPool
-from tests.offload.offload_files import ModelFiles, bytes_at
+from offload.table import SlotTable
+from tests.offload.late_device import LateTransfer
+from tests.offload.offload_files import FlakyDisk, ModelFiles, bytes_at
 
 EXPERTS = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 LAYER = st.integers(0, 2)
 
 
 class CacheMachine(RuleBasedStateMachine):
+    """One thread that asks; kernels of the device read what it held after it let go."""
+
     files: ModelFiles  # set by the test below
     drop_cache: bool
 
@@ -34,12 +40,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.manager: ExpertManager | None = None
         self.leases: list[Lease] = []
         self.requests = 0
+        self.failures = 0
+        self.num_checked = 0  # reads of deep checks
 
     @initialize(
         host_slots=st.integers(1, 9),
         device_slots=st.one_of(st.none(), st.integers(1, 6)),
         num_workers=st.sampled_from([0, 1, 2]),
         keep=st.sampled_from([True, True, True, False]),
+        pinned_slots=st.integers(0, 9),
+        fragile=st.booleans(),
     )
     def start(
         self,
@@ -47,78 +57,150 @@ class CacheMachine(RuleBasedStateMachine):
         device_slots: int | None,
         num_workers: int,
         keep: bool,
+        pinned_slots: int,
+        fragile: bool,
     ) -> None:
-        device = SlotPool(device_slots, self.files.slot_nbytes, "cpu") if device_slots else None
+        self.fragile = fragile
+        slot_nbytes = self.files.slot_nbytes
+        self.late = LateTransfer()
+        self.disk = FlakyDisk(self.files.spans, self.drop_cache)
         self.manager = self.files.manager(
             host_slots,
-            device=device,
+            device=SlotPool(device_slots, slot_nbytes, "cpu", self.late) if device_slots else None,
             num_workers=num_workers,
             keep=keep,
-            disk=self.files.disk(self.drop_cache),
+            disk=self.disk,
+        )
+        pinner = SimulatedPinner(pinned_slots * slot_nbytes)
+        pinned = self.manager._arena.pin(pinner, step_nbytes=slot_nbytes)
+        assert pinned == min(pinned_slots, host_slots)
+
+    @property
+    def on_device(self) -> bool:
+        assert self.manager is not None
+        return self.manager._device is not None
+
+    def held(self, table: SlotTable) -> Counter[ExpertKey]:
+        return Counter(
+            (lease.layer, e)
+            for lease in self.leases
+            if lease.table is table
+            for e in lease.addresses
         )
 
-    def held(self) -> Counter[ExpertKey]:
-        return Counter((lease.layer, e) for lease in self.leases for e in lease.addresses)
-
-    @rule(layer=LAYER, experts=EXPERTS, hold=st.booleans())
-    def ensure(self, layer: int, experts: list[int], hold: bool) -> None:
-        assert self.manager is not None
-        held = self.held()
-        room = self.manager.capacity - len(held)
+    def take(self, layer: int, experts: list[int], host: bool) -> Lease | None:
+        """As many as this one thread can get beside its leases; None after a failure."""
+        manager = self.manager
+        assert manager is not None
+        table = manager._host if host else manager._top
+        held = self.held(table)
+        room = table.capacity - len(held)
+        if host and self.on_device:
+            room -= 1  # what goes to the device passes through main memory
         wanted: list[int] = []
-        for expert in dict.fromkeys(
-            experts
-        ):  # as many as this one thread can get beside its leases
+        for expert in dict.fromkeys(experts):
             room -= (layer, expert) not in held
             if room < 0:
                 break
             wanted.append(expert)
-        lease = self.manager.ensure(layer, wanted + wanted[:1])
+        asked = wanted + wanted[:1]
+        if not host:
+            self.requests += len(wanted)
+        try:
+            lease = manager.lease_host(layer, asked) if host else manager.ensure(layer, asked)
+        except OffloadError:
+            assert self.failures, "nothing was broken"
+            return None
         assert list(lease.addresses) == wanted
-        assert set(wanted) <= self.manager.resident(layer)
-        self.requests += len(wanted)
         self.leases.append(lease)
-        if not hold:
-            self.check_bytes()
-            self.leases.pop().release()
+        return lease
 
+    def let_go(self, lease: Lease) -> None:
+        assert self.manager is not None
+        self.check_bytes()
+        if self.on_device and lease.table is self.manager._top:
+            for expert, address in lease.addresses.items():
+                self.late.launch(address, self.files.blobs[lease.layer, expert])
+        self.leases.remove(lease)
+        lease.release()
+
+    @rule(layer=LAYER, experts=EXPERTS, hold=st.booleans())
+    def ensure(self, layer: int, experts: list[int], hold: bool) -> None:
+        assert self.manager is not None
+        lease = self.take(layer, experts, host=False)
+        if lease is not None:
+            assert set(lease.addresses) <= self.manager.resident(layer)
+            if not hold:
+                self.let_go(lease)
+
+    @rule(layer=LAYER, experts=EXPERTS, hold=st.booleans())
+    def lease_host(self, layer: int, experts: list[int], hold: bool) -> None:
+        assert self.manager is not None
+        lease = self.take(layer, experts, host=True)
+        if lease is not None:
+            for expert, address in lease.addresses.items():
+                assert self.manager.host_address(layer, expert) == address
+                slot = (address - self.manager._arena.address(0)) // self.files.slot_nbytes
+                pinned = slot < self.manager._arena.pinned_slots
+                assert self.manager.link_address(layer, expert) == (address if pinned else 0)
+            if not hold:
+                self.let_go(lease)
+
+    @precondition(lambda self: not self.leases)
     @rule(layer=LAYER, experts=EXPERTS)
     def waves(self, layer: int, experts: list[int]) -> None:
         assert self.manager is not None
         waves = self.manager.waves(layer, experts)
         assert sorted(e for wave in waves for e in wave) == sorted(set(experts))
         assert all(1 <= len(wave) <= self.manager.capacity for wave in waves)
-        if self.leases:
-            return
         for wave in waves:
-            with self.manager.ensure(layer, wave) as lease:
-                for expert, address in lease.addresses.items():
-                    blob = self.files.blobs[layer, expert]
-                    assert bytes_at(address, len(blob)) == blob
-            self.requests += len(wave)
+            lease = self.take(layer, wave, host=False)
+            if lease is not None:
+                assert list(lease.addresses) == wave
+                self.let_go(lease)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        lease.release()
+        lease = self.leases[data.draw(st.integers(0, len(self.leases) - 1))]
+        self.let_go(lease)
         lease.release()
 
-    @rule(layer=LAYER, experts=EXPERTS)
-    def prefetch(self, layer: int, experts: list[int]) -> None:
+    @rule(layer=LAYER, experts=EXPERTS, to_device=st.booleans())
+    def prefetch(self, layer: int, experts: list[int], to_device: bool) -> None:
         assert self.manager is not None
-        self.manager.prefetch(layer, experts)
+        self.manager.prefetch(layer, experts, to_device)
 
     @rule()
     def drain(self) -> None:
         assert self.manager is not None
         self.manager.drain_prefetch()
+        broken, self.disk.fail_next = self.disk.fail_next, False
+        before = self.disk.num_read
         self.manager.check_integrity(deep=True)
+        self.num_checked += self.disk.num_read - before
+        self.disk.fail_next = broken
 
     @rule()
     def cancel(self) -> None:
         assert self.manager is not None
         self.manager.cancel_prefetch()
+
+    @precondition(lambda self: self.manager is not None and self.fragile)
+    @rule()
+    def break_a_read(self) -> None:
+        self.failures += 1
+        self.disk.fail_next = True
+
+    @precondition(lambda self: self.manager is not None and self.fragile and self.on_device)
+    @rule()
+    def break_a_copy(self) -> None:
+        self.failures += 1
+        self.late.fail_next = True
+
+    @rule()
+    def let_kernels_run(self) -> None:
+        self.late.run()
 
     def check_bytes(self) -> None:
         for lease in self.leases:
@@ -130,34 +212,53 @@ class CacheMachine(RuleBasedStateMachine):
     def nothing_is_out_of_place(self) -> None:
         if self.manager is None:
             return
-        self.manager.check_integrity()
+        manager = self.manager
+        manager.check_integrity()
         self.check_bytes()
+        assert not self.late.overwritten
         addresses: dict[int, ExpertKey] = {}
         for lease in self.leases:
             for expert, address in lease.addresses.items():
                 assert addresses.setdefault(address, (lease.layer, expert)) == (lease.layer, expert)
-        assert self.manager.stats.requests == self.requests
+        assert manager.stats.requests == self.requests
+        if self.on_device:
+            with manager._lock:
+                guesses = sum(entry.ahead for entry in manager._top.entries.values())
+            assert guesses <= manager.capacity // 2
 
     def teardown(self) -> None:
         if self.manager is None:
             return
-        for lease in self.leases:
-            lease.release()
+        self.disk.fail_next = self.late.fail_next = False
+        for lease in list(self.leases):
+            self.let_go(lease)
         self.manager.drain_prefetch()
+        self.check_counts()
         self.manager.check_integrity(deep=True)
-        stats, nbytes = self.manager.stats, self.files.nbytes
-        on_device = self.manager._device is not None
-        reads = stats.host_misses if on_device else stats.misses
-        assert stats.disk_nbytes == (reads + stats.prefetch_reads) * nbytes
-        assert stats.device_nbytes == (stats.misses * nbytes if on_device else 0)
-        assert stats.host_hits + stats.host_misses == (stats.misses if on_device else 0)
-        assert stats.prefetch_hits + stats.prefetch_wasted <= stats.prefetch_reads
+        self.late.run()
         self.manager.close()
+
+    def check_counts(self) -> None:
+        assert self.manager is not None
+        stats, nbytes = self.manager.stats, self.files.nbytes
+        read = self.disk.num_read - self.num_checked  # a deep check reads as well
+        failed = stats.prefetch_failed  # may have been asked for on their way
+        assert stats.prefetch_hits + stats.prefetch_wasted <= stats.prefetch_reads + failed
+        assert stats.copied_hits + stats.copied_wasted <= stats.copied_ahead + failed
+        assert stats.disk_nbytes == read * nbytes
+        if self.failures:
+            return
+        assert not failed
+        reads = stats.host_misses if self.on_device else stats.misses
+        assert read == reads + stats.prefetch_reads + stats.leased_misses
+        copies = stats.misses + stats.copied_ahead if self.on_device else 0
+        assert stats.device_nbytes == copies * nbytes
+        assert stats.host_hits + stats.host_misses == (stats.misses if self.on_device else 0)
 
 
 @pytest.mark.parametrize(
     ("help_nbytes", "drop_cache", "num_examples"),
-    [(0, False, 100), (1 << 20, False, 100), (0, True, 10)],  # direct reads take their time
+    [(0, False, 150), (1 << 20, False, 150), (0, True, 10)],  # direct reads take their time
 )
 def test_random_use(
     files: ModelFiles,

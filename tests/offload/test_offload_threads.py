@@ -114,7 +114,7 @@ def test_a_request_waits_until_another_thread_releases(files: ModelFiles) -> Non
 
     thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    wait_until(lambda: bool(manager._starved))
+    wait_until(lambda: bool(manager._waiting.starved))
     manager.check_integrity()
     assert not done
     lease.release()
@@ -210,7 +210,7 @@ def test_an_interrupt_during_a_read_leaves_everything_whole(
     manager._workers.close()
     manager.check_integrity(deep=True)
     assert manager._top.num_reclaimable == 5
-    assert not manager._leases
+    assert not manager._waiting.leases
     manager.close()
 
 

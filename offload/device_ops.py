@@ -1,0 +1,155 @@
+"""Knows the two ops of a device cache: schema, shape function, PyTorch reference, and who computes.
+
+Legend: L MoE layers, E experts a layer, S slots, N choices.
+
+`torch.ops.moecli_offload.*` write into their arguments and return nothing, so that a captured step
+replays them on the same tensors. References wait for the device, so no graph can capture them.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.errors import OffloadError
+
+BACKENDS = ("auto", "torch", "triton")
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose who computes from now on; "auto" is Triton on a GPU and PyTorch elsewhere."""
+    global _backend
+    if name not in BACKENDS:
+        raise OffloadError(f"no kernels are called `{name}`", f"use one of {', '.join(BACKENDS)}")
+    _backend = name
+
+
+def current_backend() -> str:
+    return _backend
+
+
+def _resolve(
+    topk_ids: Tensor,  # int64, N in all
+    layer_index: int,
+    slot_of: Tensor,  # int32 [L, E]
+    owner: Tensor,  # int32 [S]
+    stamp: Tensor,  # int64 [S]
+    clock: Tensor,  # int64 [1]
+    counters: Tensor,  # int64 [L, 4]
+    host_addresses: Tensor,  # int64 [L, E]
+    link_counts: Tensor,  # int32 [> N]
+    slots: Tensor,  # uint8 [S * slot_nbytes]
+    slot_nbytes: int,
+    admit: bool,
+    step_addresses: Tensor,  # int64 [E]
+    host_mask: Tensor,  # int32 [E]
+    fetch_src: Tensor,  # int64 [>= N]
+    fetch_dst: Tensor,  # int64 [>= N]
+    fetch_count: Tensor,  # int32 [1]
+) -> None:
+    """Where each expert asked for is read in this step; `DeviceCache` says by which rules."""
+    ids = topk_ids.flatten().tolist()
+    asked = list(dict.fromkeys(ids))  # in the order asked
+    residents, here = slot_of[layer_index], host_addresses[layer_index].tolist()  # [E]
+    hits = [expert for expert in asked if residents[expert] >= 0]
+    reachable = [expert for expert in asked if expert not in hits and here[expert]]
+    linked = reachable[: int(link_counts[len(reachable)])]
+    fetched = linked[: owner.numel() - len(hits)] if admit else []
+    if admit:
+        now = int(clock)
+        for expert in hits:
+            stamp[residents[expert]] = now + ids.index(expert)
+        for expert in fetched:
+            key = layer_index * len(here) + expert
+            _admit(key, now + len(ids) + ids.index(expert), slot_of.view(-1), owner, stamp)
+        clock += 2 * len(ids)
+    step_addresses.zero_()
+    host_mask.zero_()
+    for expert in asked:
+        if expert in hits or expert in fetched:
+            step_addresses[expert] = slots.data_ptr() + int(residents[expert]) * slot_nbytes
+        elif expert in linked:
+            step_addresses[expert] = here[expert]
+        else:
+            host_mask[expert] = 1
+    for turn, expert in enumerate(fetched):
+        fetch_src[turn], fetch_dst[turn] = here[expert], step_addresses[expert]
+    fetch_count.fill_(len(fetched))
+    num_zero_copy, num_host = len(linked) - len(fetched), len(asked) - len(hits) - len(linked)
+    lanes = (len(hits), len(fetched), num_zero_copy, num_host)
+    counters[layer_index] += torch.tensor(lanes, device=counters.device)
+
+
+def _admit(key: int, now: int, slot_of: Tensor, owner: Tensor, stamp: Tensor) -> None:
+    """Give an expert the oldest slot; slot_of [L * E]."""
+    slot = int(stamp.argmin())  # the first of equals: free slots have stamp 0
+    if owner[slot] >= 0:
+        slot_of[owner[slot]] = -1
+    slot_of[key], owner[slot], stamp[slot] = slot, key, now
+
+
+def _fetch(src: Tensor, dst: Tensor, count: Tensor, nbytes: int, slots: Tensor) -> None:
+    """Copy `nbytes` (a multiple of 16) from each source to its destination within `slots`."""
+    num_fetched = int(count)
+    pairs = zip(src[:num_fetched].tolist(), dst[:num_fetched].tolist(), strict=True)
+    for source, target in pairs:
+        memory = (ctypes.c_uint8 * nbytes).from_address(source)
+        start = target - slots.data_ptr()
+        slots[start : start + nbytes].copy_(torch.frombuffer(memory, dtype=torch.uint8))
+
+
+def _resolve_kernel() -> Callable[..., None]:
+    from offload.kernels.resolve import resolve
+
+    return resolve
+
+
+def _fetch_kernel() -> Callable[..., None]:
+    from offload.kernels.fetch import fetch
+
+    return fetch
+
+
+def _use_kernels(tensor: Tensor) -> bool:
+    if _backend == "triton" and not tensor.is_cuda:
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            raise OffloadError(
+                f"Triton's kernels do not run on `{tensor.device}`",
+                "set TRITON_INTERPRET=1 to interpret them",
+            )
+    return _backend == "triton" or (_backend == "auto" and tensor.is_cuda)
+
+
+def _compute(
+    kernel: Callable[[], Callable[..., None]], reference: Callable[..., None], *arguments: Any
+) -> None:
+    run = kernel() if _use_kernels(arguments[0]) else reference
+    run(*arguments)
+
+
+def _shape(*arguments: Any) -> None:
+    """These ops return nothing."""
+
+
+_OPS = {
+    "resolve(Tensor topk_ids, int layer_index, Tensor(a!) slot_of, Tensor(b!) owner, "
+    "Tensor(c!) stamp, Tensor(d!) clock, Tensor(e!) counters, Tensor host_addresses, "
+    "Tensor link_counts, Tensor slots, int slot_nbytes, bool admit, Tensor(f!) step_addresses, "
+    "Tensor(g!) host_mask, Tensor(h!) fetch_src, Tensor(i!) fetch_dst, Tensor(j!) fetch_count"
+    ") -> ()": partial(_compute, _resolve_kernel, _resolve),
+    "fetch(Tensor src, Tensor dst, Tensor count, int nbytes, Tensor(a!) slots) -> ()": partial(
+        _compute, _fetch_kernel, _fetch
+    ),
+}
+_library = torch.library.Library("moecli_offload", "DEF")
+for _schema, _run in _OPS.items():
+    _name = _library.define(_schema)
+    _library.impl(_name, _run, "CPU")
+    _library.impl(_name, _run, "CUDA")
+    torch.library.register_fake(f"moecli_offload::{_name}", _shape, lib=_library)

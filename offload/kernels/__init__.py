@@ -1,0 +1,1 @@
+"""Kernels of this package, written in Triton; imported only where one is about to run."""

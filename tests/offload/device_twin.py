@@ -1,0 +1,106 @@
+"""A simulated device's experts, and the host's own classes beside a device cache as its oracle."""
+
+from collections.abc import Sequence
+
+import torch
+
+from offload.device_cache import DeviceCache, LaneCounts
+from offload.keys import ExpertKey
+from offload.policy import LruPolicy
+from offload.table import SlotTable
+
+ALL_LINK = list(range(65))
+EXPERT_NBYTES = 37  # odd: the last piece of 16 bytes is not whole
+PADDED_NBYTES = 48
+SLOT_NBYTES = 64
+
+
+class Experts:
+    """The bytes of all experts in main memory, where the simulated device can read them."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        shape = (num_layers, num_experts, PADDED_NBYTES)
+        self.memory = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        first = self.memory.data_ptr()
+        assert first % 16 == 0
+        numbers = torch.arange(num_layers * num_experts).view(num_layers, num_experts)
+        self.addresses = first + numbers * PADDED_NBYTES  # [L, E]
+
+    def read(self, key: ExpertKey) -> bytes:
+        return self.memory[key].numpy().tobytes()[:EXPERT_NBYTES]
+
+    def cache(
+        self,
+        num_slots: int,
+        placement: str = "lru",
+        counts: Sequence[int] = ALL_LINK,
+        max_choices: int = 8,
+    ) -> DeviceCache:
+        num_layers, num_experts = self.addresses.shape
+        return DeviceCache(
+            num_layers,
+            num_experts,
+            num_slots,
+            SLOT_NBYTES,
+            EXPERT_NBYTES,
+            "cpu",
+            self.addresses.clone(),
+            placement,
+            torch.tensor(counts),
+            max_choices,
+        )
+
+
+def step(cache: DeviceCache, layer: int, experts: Sequence[int]) -> tuple[dict[int, int], set[int]]:
+    """Resolve and fetch -> (expert -> address, experts of the host)"""
+    cache.resolve(layer, torch.tensor(experts))
+    cache.fetch()
+    addresses = {e: a for e, a in enumerate(cache.step_addresses.tolist()) if a}
+    return addresses, {e for e, mask in enumerate(cache.host_mask.tolist()) if mask}
+
+
+class HostTwin:
+    """What the host's own classes do with the same requests."""
+
+    def __init__(self, cache: DeviceCache) -> None:
+        self.cache = cache
+        self.counts = {layer: LaneCounts() for layer in range(cache.num_layers)}
+        self.table: SlotTable | None = None
+        self.admits = cache.placement == "lru"
+        if cache.num_slots:
+            base = cache._slots.data_ptr()
+            places = [base + slot * cache.slot_nbytes for slot in range(cache.num_slots)]
+            self.table = SlotTable(LruPolicy(cache.num_slots), places)
+
+    def load(self, keys: Sequence[ExpertKey]) -> None:
+        for layer, expert in keys:
+            self.acquire(layer, [expert])
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
+        if self.table is None:
+            return {}
+        got = self.table.acquire(layer, experts)
+        assert got is not None
+        addresses, held, missing = got
+        for entry in missing:
+            self.table.finish(entry)
+        self.table.unpin(held)
+        return addresses
+
+    def step(self, layer: int, experts: Sequence[int]) -> tuple[dict[int, int], set[int]]:
+        asked = list(dict.fromkeys(experts))
+        here = self.cache.host_addresses[layer].tolist()
+        entries = self.table.entries if self.table else {}
+        hits = {e: entries[layer, e].address for e in asked if (layer, e) in entries}
+        reachable = [e for e in asked if e not in hits and here[e]]
+        linked = reachable[: int(self.cache.link_counts[len(reachable)])]
+        room = self.cache.num_slots - len(hits) if self.admits else 0
+        fetched = linked[:room]
+        addresses = {e: here[e] for e in linked[room:]} | hits
+        if self.admits:
+            addresses |= self.acquire(layer, [e for e in asked if e in hits or e in fetched])
+        host = set(asked) - addresses.keys()
+        lanes = (len(hits), len(fetched), len(linked) - len(fetched), len(host))
+        self.counts[layer] += LaneCounts(*lanes)
+        return addresses, host

@@ -1,0 +1,190 @@
+"""Bandwidths are measured once a machine, and a broken cache costs a measurement only."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from offload import bandwidth, measured
+from offload.hardware import Machine
+from offload.measured import HostCompute, cache_file, with_bandwidths
+
+BARE = Machine(ram_total=64 << 30, cpu_name="CPU", physical_cores=8)
+CARD = replace(BARE, gpu_name="RTX", gpu_driver="600.1")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was measured, in order; the n-th measurement finds n bytes a second."""
+    done: list[str] = []
+
+    def fake(name: str) -> None:
+        def measure(*_: object) -> float:
+            done.append(name)
+            return float(len(done))
+
+        monkeypatch.setattr(bandwidth, f"measure_{name}", measure)
+
+    for name in ("ram", "link", "zero_copy", "vram", "compute"):
+        fake(name)
+    return done
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "bandwidths.json"
+
+
+def host(name: str) -> HostCompute:
+    return HostCompute(name, lambda: 1)
+
+
+def test_each_is_measured_once(calls: list[str], file: Path) -> None:
+    first = with_bandwidths(CARD, host("int4"), file=file)
+    assert calls == ["ram", "link", "zero_copy", "vram", "compute"]
+    assert (first.ram_bw, first.link_bw, first.zero_copy_bw) == (1, 2, 3)
+    assert (first.vram_bw, first.host_bw) == (4, 5)
+    assert with_bandwidths(CARD, host("int4"), file=file) == first
+    assert len(calls) == 5
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_without_a_card_only_main_memory(calls: list[str], file: Path) -> None:
+    assert with_bandwidths(BARE, file=file) == replace(BARE, ram_bw=1.0)
+    assert calls == ["ram"]
+
+
+def test_what_is_stated_is_not_measured(calls: list[str], file: Path) -> None:
+    stated = replace(CARD, ram_bw=7.0, link_bw=8.0, vram_bw=9.0)
+    found = with_bandwidths(stated, file=file)
+    assert (found.ram_bw, found.link_bw, found.vram_bw) == (7, 8, 9)
+    assert calls == ["zero_copy"]
+    assert with_bandwidths(CARD, file=file).ram_bw == 2, "and is not kept as measured"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(CARD, cpu_name="other"),
+        replace(CARD, gpu_name="other"),
+        replace(CARD, gpu_driver=None),
+        replace(CARD, ram_total=32 << 30),
+        replace(CARD, physical_cores=4),
+    ],
+)
+def test_another_machine_is_measured_anew(calls: list[str], file: Path, other: Machine) -> None:
+    first = with_bandwidths(CARD, file=file)
+    second = with_bandwidths(other, file=file)
+    assert first.ram_bw != second.ram_bw
+    assert len(calls) == 8
+    assert with_bandwidths(CARD, file=file) == first
+    assert with_bandwidths(other, file=file) == second
+    assert len(calls) == 8
+
+
+def test_memory_that_the_kernel_keeps_makes_no_other_machine(calls: list[str], file: Path) -> None:
+    with_bandwidths(BARE, file=file)
+    with_bandwidths(replace(BARE, ram_total=(64 << 30) - (100 << 20)), file=file)
+    assert calls == ["ram"]
+
+
+def test_each_kind_of_expert_is_measured(calls: list[str], file: Path) -> None:
+    assert with_bandwidths(BARE, host("int4"), file=file).host_bw == 2
+    assert with_bandwidths(BARE, host("int8"), file=file).host_bw == 3
+    assert with_bandwidths(BARE, host("int4"), file=file).host_bw == 2
+    assert with_bandwidths(BARE, file=file).host_bw is None
+
+
+def test_refresh_measures_again_and_keeps_that(calls: list[str], file: Path) -> None:
+    with_bandwidths(BARE, file=file)
+    assert with_bandwidths(BARE, file=file, refresh=True).ram_bw == 2
+    assert with_bandwidths(BARE, file=file).ram_bw == 2
+
+
+def test_refresh_forgets_what_is_not_asked_for_now(calls: list[str], file: Path) -> None:
+    with_bandwidths(BARE, host("int4"), file=file)
+    with_bandwidths(BARE, file=file, refresh=True)
+    assert with_bandwidths(BARE, host("int4"), file=file).host_bw == 4
+
+
+def test_what_cannot_be_measured_stays_unknown(
+    calls: list[str], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bandwidth, "measure_zero_copy", lambda: None)
+    found = with_bandwidths(CARD, file=file)
+    assert (found.zero_copy_bw, found.link_bw) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "null", '{"format": 2, "machines": {}}', '{"format": 1}'),
+        '{"format": 1, "machines": []}',
+    ],
+)
+def test_a_broken_file_is_replaced(calls: list[str], file: Path, text: str) -> None:
+    file.parent.mkdir()
+    file.write_text(text)
+    assert with_bandwidths(BARE, file=file).ram_bw == 1
+    assert json.loads(file.read_text())["format"] == 1
+    assert with_bandwidths(BARE, file=file).ram_bw == 1
+    assert calls == ["ram"]
+
+
+@pytest.mark.parametrize("value", [None, "fast", -1, 0, True, [], float("inf"), float("nan")])
+def test_a_broken_number_is_measured_again(calls: list[str], file: Path, value: object) -> None:
+    with_bandwidths(BARE, file=file)
+    content = json.loads(file.read_text())
+    (entry,) = content["machines"].values()
+    entry["ram_bw"] = value
+    file.write_text(json.dumps(content))
+    assert with_bandwidths(BARE, file=file).ram_bw == 2
+
+
+def test_a_place_that_cannot_be_written_costs_nothing_else(calls: list[str], file: Path) -> None:
+    file.parent.write_text("not a directory")
+    assert with_bandwidths(BARE, file=file).ram_bw == 1
+    assert with_bandwidths(BARE, file=file).ram_bw == 2
+
+
+def test_a_failed_write_leaves_the_old_file(
+    calls: list[str], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_bandwidths(BARE, file=file)
+    before = file.read_text()
+
+    def refuse(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(measured.os, "replace", refuse)
+    with_bandwidths(BARE, file=file, refresh=True)
+    assert file.read_text() == before
+    assert list(file.parent.iterdir()) == [file], "nothing half-written stays"
+
+
+def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_file() == Path("/somewhere/moecli/bandwidths.json")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_file() == Path("/home/me/.cache/moecli/bandwidths.json")
+
+
+def test_compute_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: the first run, which warms up, does not count; the best one does."""
+    now = [0.0]
+    durations = iter([9.0, 0.2, 0.1, 0.3])
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: now[0])
+
+    def compute() -> int:
+        now[0] += next(durations)
+        return 1000
+
+    assert bandwidth.measure_compute(compute) == pytest.approx(10_000)
+
+
+def test_nothing_of_a_device_is_measured_without_one() -> None:
+    assert bandwidth.measure_link() is None
+    assert bandwidth.measure_zero_copy() is None
+    assert bandwidth.measure_vram() is None
