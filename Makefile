@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-check clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/perplexity.py --json benchmarks/results/perplexity.json
 	[ -e demo-out ] || $(BIN)/moecli quantize demo -q int4 -o demo-out
 	$(BIN)/python benchmarks/expert_cache.py demo-out --json benchmarks/results/expert_cache.json
+
+# Needs a graphics card, and nothing that is not installed there already: see docs/gpu.md.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -4,6 +4,13 @@ from dataclasses import dataclass
 
 from moecli.errors import MoecliError
 
+SIMULATED = "simulated"  # a device made of main memory: for tests, and offered to nobody
+DEVICES = ("auto", "cpu", "cuda", SIMULATED)
+PLACEMENTS = ("auto", "lru", "slice", "pinned")
+LANES = ("auto", "link", "cpu", "both")
+KERNELS = ("auto", "reference", "torch", "triton")
+RUN_SCHEMES = ("stored", "nf4", "llm-int8")  # of the dense weights while they are run
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -11,17 +18,30 @@ class EngineConfig:
 
     ctx: int | None = None  # tokens of context; None: the smaller of the model's own and 8192
     ram_nbytes: int | None = None  # budget of weights, KV cache, workspace and resident experts
-    vram_nbytes: int | None = None
+    vram_nbytes: int | None = None  # budget of all that this process takes of the graphics card
+    device: str = "auto"  # what computes; auto: a CUDA device where there is one
+    placement: str = "auto"  # of experts in VRAM; see offload.plan
+    lane: str = "auto"  # how experts that VRAM lacks are served: link, cpu, both
+    dense_scheme: str = "stored"  # stored: as in the checkpoint; else converted when opened
     threads: int | None = None  # None: one a physical core
     prefill_chunk: int = 512  # prompt tokens that go through the model at once
     keep_experts: bool = True  # False: every expert is read from disk each time it is chosen
-    kernels: str = "auto"  # backend of quant.ops: auto, reference, torch
+    kernels: str = "auto"  # backend of quant.ops
 
     def __post_init__(self) -> None:
         for name in ("ctx", "threads", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MoecliError(f"`{name}` must be at least 1, not {value}")
+        for name, known in (
+            ("device", DEVICES),
+            ("placement", PLACEMENTS),
+            ("lane", LANES),
+            ("kernels", KERNELS),
+            ("dense_scheme", RUN_SCHEMES),
+        ):
+            value = getattr(self, name)
+            assert value in known, f"{name} `{value}` is none of {known}"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Joins the names of a model with the converter: from a 16-bit checkpoint to a quantized one."""
+"""Joins the names of a model with the converter: from a checkpoint to a quantized one."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moecli.errors import MoecliError
 from moecli.models.config import ModelSpec
 from moecli.models.naming import plan_conversion
-from quant.checkpoint import Checkpoint
+from quant.bnb_source import open_source
 from quant.convert import (
     ConversionJob,
     ConversionResult,
@@ -15,6 +17,7 @@ from quant.convert import (
 )
 from quant.scheme import QuantScheme
 
+_BITSANDBYTES = "bitsandbytes"
 # What a checkpoint needs besides config.json and weights, where the source has it.
 _COMPANIONS = (
     "generation_config.json",
@@ -46,16 +49,18 @@ def quantize_model(
     """Quantize the checkpoint in `source` to `out`, or take up what was interrupted.
 
     Routed experts take `scheme`; attention, shared experts and an untied head `dense_scheme`, or
-    16 bits with None. Raises MoecliError and QuantError for anything wrong with the source, and
-    QuantError when `out` exists or cannot be written; what was finished then stays for a next try.
+    16 bits with None. The source has 16 bits itself, or was quantized with bitsandbytes. Raises
+    MoecliError and QuantError for anything wrong with the source, and QuantError when `out` exists
+    or cannot be written; what was finished then stays for a next try.
     """
-    checkpoint = Checkpoint.open(source)
-    config = dict(checkpoint.config)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    checkpoint = open_source(source)
+    scheme_there = source_scheme(checkpoint.config)
+    if scheme_there is not None and not scheme_there.startswith(_BITSANDBYTES):
         raise MoecliError(
-            f"`{source}` is quantized already ({method})", "start from the 16-bit checkpoint"
+            f"`{source}` is quantized already ({scheme_there})",
+            "start from the 16-bit checkpoint, or from one quantized with bitsandbytes",
         )
+    config = _without_quantization(checkpoint.config)
     spec = ModelSpec.from_hf(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     conversion = plan_conversion(spec, shapes, dense_scheme)
@@ -71,3 +76,33 @@ def quantize_model(
         extra_files=tuple(name for name in _COMPANIONS if (source / name).is_file()),
     )
     return convert(job, progress)
+
+
+def source_scheme(config: Mapping[str, Any]) -> str | None:
+    """How a checkpoint with this config.json is quantized, for people; None where it is not."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        return "unknown"
+    in_8_bits, in_4_bits = (
+        quantization.get(f"load_in_{bits}bit") or quantization.get(f"_load_in_{bits}bit")
+        for bits in (8, 4)
+    )
+    default = _BITSANDBYTES if in_8_bits or in_4_bits else "unknown"
+    method = str(quantization.get("quant_method", default))
+    if method != _BITSANDBYTES:
+        return method
+    if in_8_bits:
+        return f"{_BITSANDBYTES} llm-int8"
+    doubly = ", double quantization" if quantization.get("bnb_4bit_use_double_quant") else ""
+    return f"{_BITSANDBYTES} {quantization.get('bnb_4bit_quant_type', 'fp4')}{doubly}"
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of the same weights in floats: parts of a multimodal one may say it again."""
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }

@@ -7,32 +7,39 @@ from typing import Any
 
 import torch
 
+from moecli.backends import use_kernels
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.errors import MoecliError
 from moecli.events import Event
-from moecli.experts import OffloadedExperts
-from moecli.footprint import expert_layout, model_footprint
+from moecli.footprint import expert_layout
 from moecli.generation import Runtime, generate
 from moecli.kv_cache import KvCache
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.naming import dense_loader
+from moecli.opening_device import (
+    compute_device,
+    dense_weights,
+    device_machine,
+    device_settings,
+    open_device,
+    within_paths,
+)
+from moecli.parts import Parts
+from moecli.planning import plan_model
+from moecli.processor import KV_DTYPE, ProcessorParts
 from moecli.session import Session
 from moecli.tokenizer import Tokenizer
 from offload.disk import DiskTier, ExpertSpan
-from offload.hardware import detect
-from offload.host import HostArena
-from offload.manager import ExpertManager
-from offload.plan import MemoryPlan, make_plan
+from offload.hardware import Machine, detect
+from offload.plan import MemoryPlan
 from offload.stats import CacheStats
 from offload.trace import Trace
-from quant import ops
 from quant.checkpoint import QuantizedCheckpoint, read_json
 
 DEFAULT_CTX = 8192
-KV_DTYPE = torch.bfloat16
-COMPUTE_DTYPE = torch.float32
 Message = dict[str, str]
+Notify = Callable[[str], None]
 
 
 def _say_nothing(message: str) -> None:
@@ -43,33 +50,67 @@ class Engine:
     """A quantized model ready to generate. Use it as a context manager, or close() it."""
 
     def __init__(
-        self, checkpoint: QuantizedCheckpoint, config: EngineConfig, trace: Trace | None = None
+        self,
+        checkpoint: QuantizedCheckpoint,
+        config: EngineConfig,
+        notify: Notify = _say_nothing,
+        trace: Trace | None = None,
     ) -> None:
         self.path = checkpoint.path
         self.spec = ModelSpec.from_hf(dict(checkpoint.config))
         self.tokenizer = Tokenizer.open(self.path)
         self.generation_config = _read_generation_config(self.path)
         self.ctx = context_size(config.ctx, self.spec)
-        self.plan = _plan(checkpoint, self.spec, self.ctx, config)
-        self._manager = _manager(checkpoint, self.spec, self.plan, config.keep_experts, trace)
-        experts = OffloadedExperts(self._manager, checkpoint.layout, self.spec)
-        self.decoder = Decoder(
-            self.spec,
-            dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense),
-            experts,
-            COMPUTE_DTYPE,
-            guesses=self.spec.experts_per_token if experts.reads_ahead else 0,
-        )
+        device = compute_device(config)
+        weights = dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense)
+        self._parts: Parts
+        if device is None:
+            use_kernels(config.kernels, torch.device("cpu"))
+            self.plan = _plan(checkpoint, self.spec, self.ctx, config, detect(self.path))
+            self._parts = ProcessorParts(
+                self.spec,
+                checkpoint.layout,
+                self.plan,
+                weights,
+                _disk(checkpoint, self.spec, self.plan),
+                lambda: KvCache(self.spec, self.ctx, KV_DTYPE),
+                config.keep_experts,
+                trace,
+            )
+        else:
+            settings = device_settings(device, config, self.ctx, notify)
+            machine = device_machine(self.path, self.spec, checkpoint.layout, config)
+            limited = within_paths(config, settings.paths)
+            self.plan = _plan(checkpoint, self.spec, self.ctx, limited, machine)
+            self._parts = open_device(
+                self.spec,
+                checkpoint.layout,
+                self.plan,
+                dense_weights(self.spec, weights, config.dense_scheme, device),
+                _disk(checkpoint, self.spec, self.plan),
+                settings,
+                notify,
+            )
         self._runtime = Runtime(
-            self.decoder, self.tokenizer, self._manager, self.ctx, config.prefill_chunk
+            self.decoder,
+            self.tokenizer,
+            self._parts.tokens,
+            self.expert_stats,
+            self._parts.begin_step,
+            self.ctx,
+            config.prefill_chunk,
         )
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._parts.decoder
 
     @classmethod
     def open(
         cls,
         path: Path,
         config: EngineConfig,
-        notify: Callable[[str], None] = _say_nothing,
+        notify: Notify = _say_nothing,
         trace: Trace | None = None,
     ) -> "Engine":
         """Open what `moecli quantize` wrote.
@@ -81,8 +122,7 @@ class Engine:
         cores = config.threads or detect().physical_cores
         if cores is not None:
             torch.set_num_threads(cores)
-        ops.set_backend("torch" if config.kernels == "auto" else config.kernels)
-        engine = cls(QuantizedCheckpoint.open(path), config, trace)
+        engine = cls(QuantizedCheckpoint.open(path), config, notify, trace)
         if engine.plan.ram_short:
             notify(
                 f"the plan takes {engine.plan.ram_short >> 20} MiB more than this machine has "
@@ -91,8 +131,8 @@ class Engine:
         return engine
 
     def new_session(self) -> Session:
-        """An empty conversation with a KV cache of its own."""
-        return Session(KvCache(self.spec, self.ctx, KV_DTYPE))
+        """An empty conversation. On a graphics card there is one KV cache: the last session's."""
+        return self._parts.new_session()
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a raw prompt, with what the model wants before a text."""
@@ -129,18 +169,28 @@ class Engine:
                 f"the prompt has {len(token_ids)} tokens; the context holds {self.ctx}",
                 f"shorten it, or give a longer `--ctx`, {self.spec.max_context} at most",
             )
-        return generate(self._runtime, session, token_ids, sampling, cancelled)
+        return self._generate(session, token_ids, sampling, cancelled)
+
+    def _generate(
+        self,
+        session: Session,
+        token_ids: list[int],
+        sampling: SamplingConfig,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Event]:
+        with self._parts.running():
+            yield from generate(self._runtime, session, token_ids, sampling, cancelled)
 
     def expert_stats(self) -> CacheStats:
         """What the expert cache has counted since the model was opened."""
-        return self._manager.stats
+        return self._parts.stats
 
     def check_integrity(self, deep: bool = False) -> None:
         """Assert that the bookkeeping of experts is sound; `deep` compares bytes with the file."""
-        self._manager.check_integrity(deep)
+        self._parts.check_integrity(deep)
 
     def close(self) -> None:
-        self._manager.close()
+        self._parts.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -167,32 +217,24 @@ def context_size(asked: int | None, spec: ModelSpec) -> int:
 
 
 def _plan(
-    checkpoint: QuantizedCheckpoint, spec: ModelSpec, ctx: int, config: EngineConfig
-) -> MemoryPlan:
-    assert checkpoint.layout == expert_layout(spec, checkpoint.scheme), "config.json and manifest"
-    footprint = model_footprint(
-        spec, checkpoint.scheme, checkpoint.dense_scheme, ctx, config.prefill_chunk
-    )
-    return make_plan(footprint, detect(checkpoint.path), config.ram_nbytes, config.vram_nbytes)
-
-
-def _manager(
     checkpoint: QuantizedCheckpoint,
     spec: ModelSpec,
-    plan: MemoryPlan,
-    keep: bool,
-    trace: Trace | None,
-) -> ExpertManager:
-    """The tiers that the plan says, over the experts of the checkpoint."""
-    assert plan.device_slots == 0, "this version computes on the CPU"
+    ctx: int,
+    config: EngineConfig,
+    machine: Machine,
+) -> MemoryPlan:
+    assert checkpoint.layout == expert_layout(spec, checkpoint.scheme), "config.json and manifest"
+    schemes = (checkpoint.scheme, checkpoint.dense_scheme)
+    return plan_model(spec, schemes, ctx, config, machine)
+
+
+def _disk(checkpoint: QuantizedCheckpoint, spec: ModelSpec, plan: MemoryPlan) -> DiskTier:
     spans = {
         (layer, expert): ExpertSpan(*checkpoint.expert_span(layer, expert))
         for layer in spec.moe_layers
         for expert in range(spec.num_experts)
     }
-    arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
-    disk = DiskTier(spans, drop_cache=plan.drop_cache)
-    return ExpertManager(disk, arena, keep=keep, trace=trace)
+    return DiskTier(spans, drop_cache=plan.drop_cache)
 
 
 def _read_generation_config(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moecli.models.config import ModelSpec
+from moecli.models.provider import Ready
 from offload.manager import ExpertManager
 from quant import ops
 from quant.layout import ExpertLayout
@@ -28,10 +29,8 @@ class OffloadedExperts:
         worthwhile = range(_AHEAD_SLOTS * spec.experts_per_token, total)
         self.reads_ahead = manager.keep and manager.capacity in worthwhile
 
-    def __call__(
-        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> Tensor:
-        """[T, H] from hidden [T, H], topk_ids [T, k], topk_weights [T, k].
+    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
+        """[T, H] from hidden [T, H], topk_ids [T, k], topk_weights [T, k]; computed at once.
 
         Each (token, choice) is computed in exactly one wave and is zero in the others, so the sum
         over waves is exact and the result does not depend on what was resident.
@@ -48,7 +47,7 @@ class OffloadedExperts:
                     self._layout,
                     weight_on_input=self._weight_on_input,
                 )
-        return total.sum(dim=1).to(hidden.dtype)  # [T, H]
+        return Ready(total.sum(dim=1).to(hidden.dtype))  # [T, H]
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """Start reading what `layer` will probably choose, [T, k]; returns at once."""

@@ -1,5 +1,6 @@
 """Knows how many bytes each part of a model takes in memory, from its spec and schemes alone."""
 
+from moecli.config import RUN_SCHEMES
 from moecli.models.config import DenseTensor, ModelSpec
 from offload.plan import ModelFootprint
 from quant.layout import ExpertLayout
@@ -8,18 +9,37 @@ from quant.scheme import QuantScheme
 KV_ITEMSIZE = 2  # bf16
 STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
 COMPUTE_ITEMSIZE = 4  # activations are fp32
+_BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantization
 
 
 def expert_layout(spec: ModelSpec, scheme: QuantScheme) -> ExpertLayout:
     return ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, scheme)
 
 
-def tensor_nbytes(tensor: DenseTensor, scheme: QuantScheme | None) -> int:
-    """Bytes of a tensor outside the routed experts; `scheme` None: 16 bits throughout."""
-    if tensor.linear and scheme is not None:
-        rows, columns = tensor.shape
+def tensor_nbytes(
+    tensor: DenseTensor, scheme: QuantScheme | None, run_scheme: str = "stored"
+) -> int:
+    """Bytes of a tensor outside the routed experts; `scheme` None: 16 bits throughout.
+
+    `run_scheme` nf4 or llm-int8: what bitsandbytes keeps of it once it is opened.
+    """
+    assert run_scheme in RUN_SCHEMES, f"no dense scheme is called {run_scheme}"
+    if not tensor.linear:
+        return STORED_ITEMSIZE * tensor.numel
+    rows, columns = tensor.shape
+    if run_scheme == "llm-int8":
+        return tensor.numel + 4 * rows  # a byte a weight, and an fp32 scale a row
+    if run_scheme == "nf4":
+        return _nf4_nbytes(tensor.numel)
+    if scheme is not None:
         return scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
     return STORED_ITEMSIZE * tensor.numel
+
+
+def _nf4_nbytes(numel: int) -> int:
+    """Half bytes, a byte a block for its scale, and fp32 scales, a table and an offset of those."""
+    blocks = -(-numel // _BNB_BLOCK)
+    return -(-numel // 2) + blocks + 4 * (-(-blocks // _BNB_NESTED_BLOCK) + 256 + 1)
 
 
 def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
@@ -39,19 +59,26 @@ def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
 
 
+def device_workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+    """The same where a device computes: all choices' inner activations are alive at once there."""
+    inner = min(prefill_chunk, ctx) * spec.experts_per_token * spec.expert_intermediate_size
+    return workspace_nbytes(spec, ctx, prefill_chunk) + COMPUTE_ITEMSIZE * inner
+
+
 def model_footprint(
     spec: ModelSpec,
     scheme: QuantScheme,
     dense_scheme: QuantScheme | None,
     ctx: int,
     prefill_chunk: int,
+    run_scheme: str = "stored",
 ) -> ModelFootprint:
-    """The sizes that a placement is planned from."""
+    """The sizes that a placement is planned from; `run_scheme` is EngineConfig.dense_scheme."""
     layout = expert_layout(spec, scheme)
     embedding = 0
     if not spec.tie_word_embeddings:  # a tied one is read whole, as the head
         embedding = STORED_ITEMSIZE * spec.vocab_size * spec.hidden_size
-    dense = sum(tensor_nbytes(tensor, dense_scheme) for tensor in spec.dense_tensors)
+    dense = sum(tensor_nbytes(tensor, dense_scheme, run_scheme) for tensor in spec.dense_tensors)
     return ModelFootprint(
         dense_nbytes=dense - embedding,
         embedding_nbytes=embedding,
@@ -62,4 +89,8 @@ def model_footprint(
         experts_per_token=spec.experts_per_token,
         expert_nbytes=layout.nbytes,
         slot_nbytes=layout.slot_nbytes,
+        intermediate_size=spec.expert_intermediate_size,
+        group_size=scheme.group_size,
+        device_workspace_nbytes=device_workspace_nbytes(spec, ctx, prefill_chunk),
+        prefill_tokens=min(prefill_chunk, ctx),
     )

@@ -1,9 +1,13 @@
-"""Knows how a prompt becomes a stream of events: prefill, decode, stops, cancellation, numbers."""
+"""Knows how a prompt becomes a stream of events: prefill, stops, cancellation, numbers.
+
+How one token follows another is the runtime's: see `Stepwise` and moecli.decode_loop.
+"""
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +17,15 @@ from moecli.config import SamplingConfig
 from moecli.events import Event, Finished, FinishReason, GenerationStats, PrefillProgress, TextDelta
 from moecli.models.batch import Batch
 from moecli.models.decoder import Decoder
-from moecli.sampler import new_generator, sample
 from moecli.session import Session
 from moecli.stopping import StopFilter
 from moecli.tokenizer import Tokenizer
-from offload.manager import ExpertManager
+from offload.stats import CacheStats
 
 Cancelled = Callable[[], bool]
+# The tokens after what a session holds, whose last logits [V] are given. The session holds a token
+# when the one after it is asked for.
+TokenSource = Callable[[Session, Tensor, SamplingConfig], Generator[int, None, None]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,9 @@ class Runtime:
 
     decoder: Decoder
     tokenizer: Tokenizer
-    manager: ExpertManager
+    tokens: TokenSource
+    stats: Callable[[], CacheStats]
+    begin_step: Callable[[], None]  # called before a chunk of the prompt
     ctx: int
     prefill_chunk: int
 
@@ -46,30 +54,31 @@ def generate(
     prompt and between tokens, never inside a step.
     """
     assert 0 < len(token_ids) < runtime.ctx, "the engine checks the length of a prompt"
-    meter = _Meter(runtime.manager)
+    meter = _Meter(runtime.stats)
     cached = session.rewind(token_ids)
     answer = _Answer(runtime.tokenizer, sampling)
     reason: FinishReason | None = None
     logits: Tensor | None = None  # [V]
     while reason is None and len(session.tokens) < len(token_ids):
         chunk = token_ids[len(session.tokens) :][: runtime.prefill_chunk]
-        logits = _forward(runtime, session, chunk)
+        runtime.begin_step()
+        logits = forward(runtime.decoder, session, chunk)
         yield PrefillProgress(len(session.tokens) - cached, len(token_ids) - cached)
         reason = "cancelled" if cancelled() else None
     computed = len(session.tokens) - cached
-    generator = new_generator(sampling.seed)
-    while reason is None:
+    if reason is None:
         assert logits is not None
-        token = sample(logits, sampling, generator)
-        meter.token()
-        if token in runtime.tokenizer.eos_ids:
-            reason = "stop"
-            break
-        if delta := answer.add(token):
-            yield TextDelta(delta)
-        reason = _why_stop(runtime, session, answer, sampling, cancelled)
-        if reason is None:
-            logits = _forward(runtime, session, [token])
+        with closing(runtime.tokens(session, logits, sampling)) as tokens:
+            for token in tokens:
+                meter.token()
+                if token in runtime.tokenizer.eos_ids:
+                    reason = "stop"
+                elif delta := answer.add(token):
+                    yield TextDelta(delta)
+                reason = reason or _why_stop(runtime, session, answer, sampling, cancelled)
+                if reason is not None:
+                    break
+    assert reason is not None, "the tokens ended by themselves"
     if delta := answer.end():
         yield TextDelta(delta)
     stats = meter.stats(len(token_ids), cached, computed, answer.num_tokens)
@@ -82,10 +91,10 @@ def peak_rss_nbytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _forward(runtime: Runtime, session: Session, tokens: list[int]) -> Tensor:
+def forward(decoder: Decoder, session: Session, tokens: list[int]) -> Tensor:
     """Logits [V] after `tokens`, which the session then holds."""
-    runtime.manager.begin_step()
-    logits = runtime.decoder.forward(Batch.of(torch.tensor(tokens), session.cache))  # [1, V]
+    token_ids = torch.tensor(tokens, device=session.cache.device)
+    logits = decoder.forward(Batch.of(token_ids, session.cache))  # [1, V]
     session.tokens.extend(tokens)
     return logits[0]
 
@@ -134,9 +143,9 @@ class _Answer:
 class _Meter:
     """Times one generation and counts what its experts cost."""
 
-    def __init__(self, manager: ExpertManager) -> None:
-        self._manager = manager
-        self._before = manager.stats
+    def __init__(self, read: Callable[[], CacheStats]) -> None:
+        self._read = read
+        self._before = read()
         self._started = time.perf_counter()
         self._first: float | None = None
         self._last = self._started
@@ -148,7 +157,7 @@ class _Meter:
         self._sampled += 1
 
     def stats(self, prompt: int, cached: int, computed: int, generated: int) -> GenerationStats:
-        cache = self._manager.stats - self._before
+        cache = self._read() - self._before
         ttft = (self._first or time.perf_counter()) - self._started
         decode = self._last - (self._first or self._last)
         return GenerationStats(

@@ -2,7 +2,8 @@
 
 A full layer keeps every position. A chunked layer keeps one absolute chunk in a ring, slot =
 position % chunk: the next chunk overwrites it from slot 0, so that what a token sees is always one
-contiguous run. All memory is taken at once; the system maps pages only as they are first written.
+contiguous run. All memory is taken at once; in main memory pages are mapped only as they are first
+written.
 """
 
 from collections.abc import Iterator
@@ -20,14 +21,22 @@ class KvCache:
     between, `length` says how much is still whole.
     """
 
-    def __init__(self, spec: ModelSpec, ctx: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        ctx: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
         assert ctx >= 1, f"a KV cache for {ctx} tokens"
         self.ctx = ctx
         self.dtype = dtype
-        self._chunk = spec.chunk_size
+        self.chunk_size = spec.chunk_size
         self._chunked = tuple(layer.attention == "chunked" for layer in spec.layers)
+        self.device = torch.device(device)
+        heads, size = spec.num_kv_heads, spec.head_dim
         self._storage = [  # per layer [2, kv heads, capacity, D]
-            torch.empty(2, spec.num_kv_heads, spec.kv_capacity(i, ctx), spec.head_dim, dtype=dtype)
+            torch.empty(2, heads, spec.kv_capacity(i, ctx), size, dtype=dtype, device=device)
             for i in range(spec.num_layers)
         ]
         self._length = 0
@@ -41,6 +50,18 @@ class KvCache:
     @property
     def nbytes(self) -> int:
         return sum(storage.nbytes for storage in self._storage)
+
+    def storage(self, layer: int) -> Tensor:
+        """Keys and values of `layer` themselves, [2, kv heads, capacity, D]: slot by slot.
+
+        A decode step on a device writes there between `begin` and `commit`, at slot `position`, or
+        `position % chunk` of a chunked layer, and looks at the slots from 0 to that one.
+        """
+        return self._storage[layer]
+
+    def is_ring(self, layer: int) -> bool:
+        """Whether `layer` keeps one chunk of `chunk_size` tokens; else it keeps every position."""
+        return self._chunked[layer]
 
     def truncate(self, length: int) -> int:
         """Forget all tokens from `length` on; returns how many are really kept.
@@ -76,9 +97,9 @@ class KvCache:
         while first < count:
             slot, last = start + first, count
             if self._chunked[layer]:
-                assert self._chunk is not None, "a ring without a chunk size"
-                slot %= self._chunk
-                last = min(count, first + self._chunk - slot)
+                assert self.chunk_size is not None, "a ring without a chunk size"
+                slot %= self.chunk_size
+                last = min(count, first + self.chunk_size - slot)
             end = slot + last - first
             storage[0, :, slot:end] = keys[first:last].transpose(0, 1)
             storage[1, :, slot:end] = values[first:last].transpose(0, 1)
@@ -87,8 +108,8 @@ class KvCache:
 
     def _keepable(self, length: int) -> int:
         """`length`, or the start of its chunk where the rings have moved on."""
-        if self._chunk is None or not any(self._chunked):
+        if self.chunk_size is None or not any(self._chunked):
             return length
-        held = max(self._written - 1, 0) // self._chunk
-        in_chunk = length % self._chunk
-        return length if in_chunk == 0 or length // self._chunk == held else length - in_chunk
+        held = max(self._written - 1, 0) // self.chunk_size
+        in_chunk = length % self.chunk_size
+        return length if in_chunk == 0 or length // self.chunk_size == held else length - in_chunk

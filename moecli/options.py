@@ -3,7 +3,10 @@
 Values come as they were typed; `moecli.settings` gives them meaning.
 """
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -38,14 +41,47 @@ Ram = Annotated[
     ),
 ]
 Vram = Annotated[
-    str | None, option("--vram", metavar="SIZE", help="VRAM to stay within: `20GiB` or `80%`.")
+    str | None,
+    option(
+        "--vram",
+        metavar="SIZE",
+        help="VRAM to stay within: `20GiB`, or `80%` of the card; else what is free.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    option("--device", metavar="NAME", help="What computes: auto, cpu, or cuda (a graphics card)."),
+]
+Placement = Annotated[
+    str | None,
+    option(
+        "--placement",
+        metavar="NAME",
+        help="Of experts in VRAM: lru (by use), pinned (fixed), slice (a part of each), or auto.",
+    ),
+]
+Lane = Annotated[
+    str | None,
+    option(
+        "--lane",
+        metavar="NAME",
+        help="What serves experts that VRAM lacks: link (to the card), cpu, both, or auto.",
+    ),
+]
+RunScheme = Annotated[
+    str | None,
+    option(
+        "--dense-scheme",
+        metavar="NAME",
+        help="Of attention, shared experts and head while running: stored, nf4 or llm-int8.",
+    ),
 ]
 Threads = Annotated[
     str | None, option("--threads", metavar="N", help="CPU threads; else one a physical core.")
 ]
 Kernels = Annotated[
     str | None,
-    option("--kernels", metavar="NAME", help="Backend that computes: auto, reference, torch."),
+    option("--kernels", metavar="NAME", help="What computes: auto, reference, torch, triton."),
 ]
 System = Annotated[str | None, option("-s", "--system", metavar="TEXT", help="System prompt.")]
 MaxTokens = Annotated[
@@ -75,6 +111,45 @@ Stop = Annotated[
 Json = Annotated[bool, option("--json", help="Print one JSON object.")]
 Verbose = Annotated[bool, option("-v", "--verbose", help="Say on stderr how fast it was.")]
 Yes = Annotated[bool, option("-y", "--yes", help="Do not ask.")]
+
+SAMPLING: dict[str, Any] = {
+    **{"max_tokens": MaxTokens, "temp": Temp, "top_p": TopP, "top_k": TopK, "min_p": MinP},
+    **{"seed": Seed, "stop": Stop},
+}
+PLAN: dict[str, Any] = {
+    **{"ctx": Ctx, "ram": Ram, "vram": Vram, "device": Device, "placement": Placement},
+    **{"lane": Lane, "dense_scheme": RunScheme},
+}
+ENGINE: dict[str, Any] = {**PLAN, "threads": Threads, "kernels": Kernels}
+
+
+def gathering(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator of a command: it takes these options, and gets the values by name in `given`.
+
+    They stand in the help where `given` stands among the parameters.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            given = {name: values.pop(name) for name in options}
+            command(**values, given=given)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name != "given":
+                parameters.append(parameter)
+                continue
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            parameters += [
+                inspect.Parameter(name, kind, default=None, annotation=annotation)
+                for name, annotation in options.items()
+            ]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+    return decorate
 
 
 def typed(ctx: typer.Context, name: str) -> bool:

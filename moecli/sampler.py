@@ -29,10 +29,7 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -
     Raises MoecliError where the largest logit is no finite number.
     """
     if not torch.isfinite(logits.max()):
-        raise MoecliError(
-            "the model computed logits that are no numbers",
-            "its weights are probably damaged: make them again with `moecli quantize`",
-        )
+        raise bad_logits()
     if config.temperature == 0:
         return int(logits.argmax())
     ids, probabilities = candidates(logits, config)
@@ -40,6 +37,13 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -
     point = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
     index = int(torch.searchsorted(cumulative, point, right=True))
     return int(ids[min(index, len(ids) - 1)])
+
+
+def bad_logits() -> MoecliError:
+    return MoecliError(
+        "the model computed logits that are no numbers",
+        "its weights are probably damaged: make them again with `moecli quantize`",
+    )
 
 
 def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moecli.config import EngineConfig, SamplingConfig
+from moecli.config import (
+    DEVICES,
+    KERNELS,
+    LANES,
+    PLACEMENTS,
+    RUN_SCHEMES,
+    EngineConfig,
+    SamplingConfig,
+)
 from moecli.errors import MoecliError
 from moecli.units import Size, parse_count, parse_size
-
-KERNELS = ("auto", "reference", "torch")
 
 
 def parse_int(text: str, name: str) -> int:
@@ -35,11 +41,16 @@ def parse_float(text: str, name: str) -> float:
     return number
 
 
-def parse_kernels(text: str, name: str) -> str:
-    if text not in KERNELS:
-        known = ", ".join(f"`{kernel}`" for kernel in KERNELS)
-        raise MoecliError(f"{name}: no backend `{text}`", f"there are {known}", exit_code=2)
-    return text
+def _one_of(what: str, known: tuple[str, ...]) -> Callable[[str, str], str]:
+    """Reads one of a few names."""
+
+    def parse(text: str, name: str) -> str:
+        if text not in known:
+            names = ", ".join(f"`{one}`" for one in known)
+            raise MoecliError(f"{name}: no {what} `{text}`", f"there are {names}", exit_code=2)
+        return text
+
+    return parse
 
 
 def _text(text: str, name: str) -> str:
@@ -52,7 +63,11 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "ram": parse_size,
     "vram": parse_size,
     "threads": parse_int,
-    "kernels": parse_kernels,
+    "kernels": _one_of("kernels", KERNELS),
+    "device": _one_of("device", DEVICES),
+    "placement": _one_of("placement", PLACEMENTS),
+    "lane": _one_of("lane", LANES),
+    "dense-scheme": _one_of("scheme of running dense weights", RUN_SCHEMES),
     "temp": parse_float,
     "top-p": parse_float,
     "top-k": parse_int,
@@ -89,12 +104,20 @@ class Settings:
         return self._values.get("system")
 
     def engine_config(self) -> EngineConfig:
+        values = self._values
+        builtin = EngineConfig()
+        device = values.get("device", builtin.device)
         return EngineConfig(
-            ctx=self._values.get("ctx"),
-            ram_nbytes=_budget(self._values.get("ram"), "RAM"),
-            vram_nbytes=_budget(self._values.get("vram"), "VRAM"),
-            threads=self._values.get("threads"),
-            kernels=self._values.get("kernels", EngineConfig.kernels),
+            ctx=values.get("ctx"),
+            ram_nbytes=_budget(values.get("ram"), "RAM"),
+            # The processor has no use for VRAM that a config file grants to the card.
+            vram_nbytes=None if device == "cpu" else _budget(values.get("vram"), "VRAM"),
+            device=device,
+            placement=values.get("placement", builtin.placement),
+            lane=values.get("lane", builtin.lane),
+            dense_scheme=values.get("dense-scheme", builtin.dense_scheme),
+            threads=values.get("threads"),
+            kernels=values.get("kernels", builtin.kernels),
         )
 
     def sampling_config(self, generation_config: Mapping[str, Any]) -> SamplingConfig:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moecli import ui
+from moecli import options, ui
 from moecli.chat import Conversation
 from moecli.config import SamplingConfig
 from moecli.errors import MoecliError
@@ -77,7 +77,7 @@ _SETTABLE: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "seed": ("seed", parse_int),
     "max_tokens": ("max_tokens", parse_count),
 }
-_FIXED = {"ctx": "--ctx", "ram": "--ram", "vram": "--vram", "threads": "--threads"}
+_FIXED = {name: f"--{name.replace('_', '-')}" for name in options.ENGINE}
 
 
 def _set(talk: Talk, argument: str) -> None:

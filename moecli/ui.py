@@ -130,9 +130,8 @@ def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
         f"prompt   {stats.prompt_tokens} tokens{cached}, {stats.prefill_tok_s:.1f} tok/s, "
         f"first token after {format_seconds(stats.ttft_s)}",
         f"answer   {stats.generated_tokens} tokens, {stats.decode_tok_s:.1f} tok/s{_said(plan)}",
-        f"experts  {_hits(stats)}; {plan.host_slots} of {plan.total_experts} have a place in RAM",
-        f"memory   peak {format_nbytes(stats.peak_rss_nbytes)}; the plan takes "
-        f"{format_nbytes(plan.ram_nbytes)} of {format_nbytes(plan.ram_budget)}",
+        f"experts  {_hits(stats)}; {places(plan)}",
+        f"memory   peak {format_nbytes(stats.peak_rss_nbytes)}; the plan takes {memory(plan)}",
     ]
     for line in lines:
         say(dim(line, sys.stderr))
@@ -235,38 +234,109 @@ def show_conversion(result: "ConversionResult", model: str) -> None:
 
 def show_plan(title: str, ctx: int, plan: "MemoryPlan") -> None:
     """What lies where, and what bandwidth allows."""
-    fixed = "VRAM" if plan.vram_budget else "RAM"
+    fixed = "VRAM" if plan.on_device else "RAM"
+    embedding = "VRAM" if plan.embedding_on_device else "RAM"
     experts = {"VRAM": plan.device_pool_nbytes, "RAM": plan.host_arena_nbytes}
-    free = {"VRAM": plan.vram_free, "RAM": plan.ram_free}
     lines: list[tuple[str, dict[str, int]]] = [
         ("dense weights", {fixed: plan.dense_nbytes}),
-        ("embedding", {"RAM": plan.embedding_nbytes}),
+        ("embedding", {embedding: plan.embedding_nbytes}),
         (f"KV cache, {ctx} tokens", {fixed: plan.kv_nbytes}),
         ("workspace", {fixed: plan.workspace_nbytes}),
+        ("CUDA itself", {"VRAM": plan.context_nbytes}),
+        ("experts on their way", {"VRAM": plan.staging_nbytes, "RAM": plan.bounce_nbytes}),
         ("experts", {**experts, "disk only": plan.disk_nbytes}),
-        ("free of the budget", free),
+        ("free of the budget", {"VRAM": plan.vram_free, "RAM": plan.ram_free}),
         ("budget", {"VRAM": plan.vram_budget, "RAM": plan.ram_budget}),
     ]
-    columns = [name for name in ("VRAM", "RAM", "disk only") if name != "VRAM" or plan.vram_budget]
+    columns = ["VRAM", "RAM", "disk only"]
+    if not plan.on_device:
+        columns.remove("VRAM")
+        lines = [line for line in lines if line[0] not in ("CUDA itself", "experts on their way")]
     rows = [
         [(label, label), *(_size_cell(cells.get(column, 0)) for column in columns)]
         for label, cells in lines
     ]
     show_table((title, *columns), rows)
-    slots = plan.device_slots + plan.host_slots
-    places = f"{slots} places for {plan.total_experts} experts"
-    speed = "unknown, as long as a bandwidth is"
-    if plan.predicted_tok_s is not None:
-        # Today's kernels are far from this bound, so it must not read like a promise.
-        speed = (
-            f"{plan.bottleneck} bandwidth allows {plan.predicted_tok_s:.1f} tok/s; "
-            "this version's kernels reach less"
-        )
     if is_terminal(sys.stdout):
-        print(f"\n{places}; decode: {speed}")
-    else:
-        print(f"slots\t{slots}\t{plan.total_experts}")
-        print(f"decode tok/s\t{plan.predicted_tok_s or ''}\t{plan.bottleneck or ''}")
+        print()
+    show_pairs(_placement(plan) + _speeds(plan))
+
+
+def places(plan: "MemoryPlan") -> str:
+    """Where experts are, in a few words."""
+    total = plan.total_experts
+    if not plan.on_device:
+        return f"{plan.host_slots} of {total} experts have a place in RAM"
+    if plan.placement == "slice":
+        rows = f"{plan.slice_size} of {plan.intermediate_size} rows of each expert"
+        return f"{rows} are in VRAM, {plan.host_slots} of {total} experts in RAM"
+    if plan.device_slots == total:
+        return f"all {total} experts are in VRAM"
+    return f"{plan.device_slots} of {total} experts have a place in VRAM, {plan.host_slots} in RAM"
+
+
+def memory(plan: "MemoryPlan") -> str:
+    """What the plan takes of its budgets."""
+    ram = f"{format_nbytes(plan.ram_nbytes)} of {format_nbytes(plan.ram_budget)}"
+    if not plan.on_device:
+        return ram
+    vram = f"{format_nbytes(plan.vram_nbytes)} of {format_nbytes(plan.vram_budget)}"
+    return f"{vram} VRAM and {ram} RAM"
+
+
+_PLACEMENTS = {
+    "lru": "slots that change by use",
+    "pinned": "slots that are filled once",
+    "slice": "the first rows of every expert",
+}
+
+
+def _placement(plan: "MemoryPlan") -> list[tuple[str, str, str]]:
+    """Where experts are and how they come from there: (label, for people, in full)."""
+    total = plan.total_experts
+    if not plan.on_device:
+        return [("slots", places(plan), f"{plan.host_slots}\t{total}")]
+    in_vram = f"{plan.device_slots}\t{plan.host_slots}\t{total}"
+    if plan.slice_size:
+        in_vram = f"{plan.slice_size}\t{plan.intermediate_size}\t{plan.host_slots}\t{total}"
+    pairs = [
+        ("placement", f"{plan.placement}: {_PLACEMENTS[plan.placement]}", plan.placement),
+        ("rows" if plan.slice_size else "slots", places(plan), in_vram),
+    ]
+    if not plan.lanes:
+        return pairs
+    lanes = {
+        ("link",): "comes over the link",
+        ("host",): "is computed by the processor",
+        ("link", "host"): f"{plan.link_share:.0%} over the link, the rest by the processor",
+    }
+    staging = f"pass through VRAM, {plan.staging_slots} experts at a time"
+    return [
+        *pairs,
+        ("what VRAM lacks", lanes[plan.lanes], f"{' '.join(plan.lanes)}\t{plan.link_share}"),
+        ("prompts' experts", staging, str(plan.staging_slots)),
+    ]
+
+
+def _speeds(plan: "MemoryPlan") -> list[tuple[str, str, str]]:
+    """What bandwidth allows: (label, for people, in full)."""
+    if plan.predicted_tok_s is None:
+        return [("decode tok/s", "unknown, as long as a bandwidth is", "\t")]
+    # Today's kernels are far from this bound, so it must not read like a promise.
+    said = (
+        f"{plan.bottleneck} bandwidth allows {plan.predicted_tok_s:.1f}; "
+        "this version's kernels reach less"
+    )
+    found = [("decode tok/s", said, f"{plan.predicted_tok_s}\t{plan.bottleneck}")]
+    if plan.lanes:
+        alone = (("link alone", plan.link_tok_s), ("CPU alone", plan.host_tok_s))
+        found += [
+            (f"  {name}", f"{rate:.1f}", str(rate)) for name, rate in alone if rate is not None
+        ]
+    if plan.predicted_prefill_tok_s is not None:
+        rate = plan.predicted_prefill_tok_s
+        found.append(("prefill tok/s", f"bandwidth allows {rate:.0f}", str(rate)))
+    return found
 
 
 def _size_cell(nbytes: int) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Knows the loop of `moecli chat`: read, act, answer, until the person leaves."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from moecli.settings import Settings
 from moecli.slash import Leave, run_command
 from moecli.talk import Talk
 from moecli.terminal import say
-from moecli.units import format_nbytes, format_params
+from moecli.units import format_params
 from offload.errors import OffloadError
 from quant.errors import QuantError
 
@@ -29,30 +29,17 @@ moecli chat demo --temp 0 < questions.txt > answers.txt
 """
 
 
+@options.gathering(**options.SAMPLING, **options.ENGINE)
 def chat(
-    ctx: typer.Context,
+    context: typer.Context,
     model: options.Model = None,
     model_flag: options.ModelOption = None,
     system: options.System = None,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temp = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ctx_tokens: options.Ctx = None,
-    ram: options.Ram = None,
-    vram: options.Vram = None,
-    threads: options.Threads = None,
-    kernels: options.Kernels = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
-    name = options.one_model(ctx, model, model_flag) or store.DEMO
-    settings = Settings.read(
-        **{"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
-        **{"max_tokens": max_tokens, "stop": stop, "ctx": ctx_tokens, "ram": ram, "vram": vram},
-        **{"threads": threads, "kernels": kernels, "system": system},
-    )
+    name = options.one_model(context, model, model_flag) or store.DEMO
+    settings = Settings.read(system=system, **given)
     settings.sampling_config({})  # complains before the model is opened
     with open_engine(model_directory(name), settings.engine_config()) as engine:
         sampling = settings.sampling_config(engine.generation_config)
@@ -73,8 +60,7 @@ def _header(engine: "Engine") -> list[str]:
         engine.path.name,
         f"{spec.architecture}, {params} parameters, "
         f"{format_params(spec.num_active_params)} active a token",
-        f"context {engine.ctx} tokens · {plan.host_slots} of {plan.total_experts} experts have a "
-        f"place in RAM · {format_nbytes(plan.ram_nbytes)} of {format_nbytes(plan.ram_budget)}",
+        f"context {engine.ctx} tokens · {ui.places(plan)} · {ui.memory(plan)}",
         '/help for commands · """ for many lines · Ctrl-C stops an answer · Ctrl-D leaves',
     ]
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,18 +17,30 @@ from moecli.units import GIB, format_nbytes
 from offload.errors import OffloadError
 
 if TYPE_CHECKING:
+    from moecli.selfcheck import SelfCheck
     from offload.hardware import Machine
 
 HELP = """Check what moecli stands on: packages, processor, memory, disk, graphics card, places.
 
-One line a check; memory and disk are measured, which takes a second or two. Exits with 1 where
-something is wrong."""
+One line a check; memory and disk are measured, which takes a second or two. On a graphics card
+every kernel is compared with plain arithmetic, once; that takes up to a minute. Exits with 1
+where something is wrong."""
 EXAMPLES = """
 moecli doctor
+moecli doctor --refresh
 moecli doctor --json > report.json
 """
+Refresh = Annotated[
+    bool, options.option("--refresh", help="Check the graphics card's kernels again.")
+]
 _LITTLE_RAM = 4 * GIB
 _LITTLE_DISK = 20 * GIB
+_PATHS = {  # what a fast path is called here, and what is done without it
+    "kernels": ("GPU kernels", "plain PyTorch computes, slowly"),
+    "graph": ("GPU graph", "each kernel is launched by itself, which costs time at every token"),
+    "fetch": ("GPU fetch", "experts that VRAM does not hold are never brought there at decode"),
+    "doorbell": ("GPU doorbell", "the processor takes no part in decoding"),
+}
 _PACKAGES = ("torch", "transformers", "tokenizers", "typer", "rich")
 _FAST_ISA = {"avx2", "asimd"}
 
@@ -43,8 +55,8 @@ class Check:
     fix: str | None = None
 
 
-def doctor(as_json: options.Json = False) -> None:
-    checks = list(all_checks())
+def doctor(refresh: Refresh = False, as_json: options.Json = False) -> None:
+    checks = list(all_checks(refresh))
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
@@ -53,8 +65,11 @@ def doctor(as_json: options.Json = False) -> None:
         raise typer.Exit(1)
 
 
-def all_checks() -> Iterator[Check]:
-    """In the order of the report; each is found when it is asked for."""
+def all_checks(refresh: bool = False) -> Iterator[Check]:
+    """In the order of the report; each is found when it is asked for.
+
+    `refresh`: what is remembered about a graphics card is found out anew.
+    """
     from offload.hardware import detect
 
     yield Check("ok", "moecli", __version__)
@@ -67,7 +82,7 @@ def all_checks() -> Iterator[Check]:
     yield _ram(machine)
     yield _disk(place, machine)
     yield from _bandwidths(place, machine)
-    yield _graphics(machine)
+    yield from _graphics(machine, refresh)
     yield Check("ok", "models", f"{len(store.models())} in {store.models_dir()}")
     yield _config_file()
 
@@ -112,10 +127,16 @@ def _disk(place: Path, machine: "Machine") -> Check:
 
 
 def _bandwidths(place: Path, machine: "Machine") -> Iterator[Check]:
-    from offload.bandwidth import measure_disk, measure_ram
+    """Measured anew; what other commands reckon with from now on."""
+    from offload.bandwidth import measure_disk
+    from offload.measured import with_bandwidths
 
-    ram = measure_ram(machine.physical_cores or 1)
-    yield Check("warn" if ram is None else "ok", "RAM speed", ui.bandwidth(ram))
+    found = with_bandwidths(machine, refresh=True)
+    yield _speed("RAM speed", found.ram_bw)
+    if machine.gpu_name is not None:
+        yield _speed("VRAM speed", found.vram_bw)
+        yield _speed("link speed", found.link_bw)
+        yield _speed("zero copy", found.zero_copy_bw)
     try:
         disk = measure_disk(place)
     except OffloadError as error:
@@ -125,12 +146,37 @@ def _bandwidths(place: Path, machine: "Machine") -> Iterator[Check]:
     yield Check("ok", "disk speed", ui.bandwidth(disk.bytes_per_s) + cached)
 
 
-def _graphics(machine: "Machine") -> Check:
+def _speed(what: str, found: float | None) -> Check:
+    return Check("warn" if found is None else "ok", what, ui.bandwidth(found))
+
+
+def _graphics(machine: "Machine", refresh: bool) -> Iterator[Check]:
     if machine.gpu_name is None:
-        return Check("ok", "graphics", "no CUDA device; everything runs on the processor")
-    total = "" if machine.vram_total is None else f", {format_nbytes(machine.vram_total)}"
-    found = f"{machine.gpu_name}{total}"
-    return Check("warn", "graphics", found, "this version does not use it yet")
+        yield Check("ok", "graphics", "no CUDA device; everything runs on the processor")
+        return
+    found = machine.gpu_name
+    if machine.vram_total is not None and machine.vram_free is not None:
+        total, free = format_nbytes(machine.vram_total), format_nbytes(machine.vram_free)
+        found += f", {total}, {free} free"
+    if machine.gpu_driver is not None:
+        found += f", driver {machine.gpu_driver}"
+    yield Check("ok", "graphics", found)
+    from moecli.selfcheck import self_check
+
+    check = self_check(refresh, begin=lambda: ui.show_note("comparing kernels, a minute at most"))
+    yield from (_fast_path(path, check) for path in _PATHS)
+
+
+def _fast_path(path: str, check: "SelfCheck") -> Check:
+    from moecli.selfcheck import why
+
+    what, otherwise = _PATHS[path]
+    cases = check.of(path)
+    if check.is_on(path):
+        when = "earlier" if check.remembered else "now"
+        return Check("ok", what, f"{len(cases)} cases right, compared {when}")
+    fix = f"until `moecli doctor --refresh` finds it right, {otherwise}; a newer driver may help"
+    return Check("warn", what, f"off: {why(cases)}", fix)
 
 
 def _config_file() -> Check:

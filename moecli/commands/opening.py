@@ -3,12 +3,12 @@
 The embedded model is quantized when it is first asked for.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecli import store, ui
 from moecli.config import EngineConfig
+from moecli.errors import MoecliError
 from moecli.terminal import say
 
 if TYPE_CHECKING:
@@ -24,12 +24,25 @@ def model_directory(name: str) -> Path:
 
 
 def open_engine(path: Path, config: EngineConfig) -> "Engine":
+    """Raises MoecliError where a graphics card is asked for and there is none, among others."""
     from moecli.engine import Engine
 
-    if config.vram_nbytes is not None:
-        ui.show_note("this version computes on the processor; the VRAM budget is not used")
-        config = replace(config, vram_nbytes=None)
+    require_card(config)
     return Engine.open(path, config, notify=ui.show_note)
+
+
+def require_card(config: EngineConfig) -> None:
+    """Raises MoecliError where the settings ask for a CUDA device that this machine lacks."""
+    if config.device != "cuda" and config.vram_nbytes is None:
+        return
+    from offload.hardware import detect
+
+    if detect(gpu=True).gpu_name is None:
+        asked = "`--device cuda`" if config.device == "cuda" else "`--vram`"
+        raise MoecliError(
+            f"{asked} asks for a graphics card, but torch finds no CUDA device here",
+            "`moecli doctor` shows what is found; `--device cpu` runs on the processor",
+        )
 
 
 def _quantize_demo(out: Path) -> None:

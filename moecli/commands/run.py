@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,8 +27,9 @@ moecli run MODEL "List three colours." --temp 0 --json
 """
 
 
+@options.gathering(**options.SAMPLING, **options.ENGINE)
 def run(
-    ctx: typer.Context,
+    context: typer.Context,
     model: options.Model = None,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to answer.")] = None,
     model_flag: options.ModelOption = None,
@@ -39,30 +40,16 @@ def run(
     raw: Annotated[
         bool, options.option("--raw", help="Continue the text as it is: no chat template.")
     ] = False,
-    max_tokens: options.MaxTokens = None,
-    temp: options.Temp = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ctx_tokens: options.Ctx = None,
-    ram: options.Ram = None,
-    vram: options.Vram = None,
-    threads: options.Threads = None,
-    kernels: options.Kernels = None,
+    *,
+    given: dict[str, Any],
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    if options.typed(ctx, "model_flag") and model is not None and prompt is None:
+    if options.typed(context, "model_flag") and model is not None and prompt is None:
         model, prompt = None, model  # -m MODEL PROMPT
-    name = options.require_model(ctx, model, model_flag)
-    settings = Settings.read(
-        **{"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
-        **{"max_tokens": max_tokens, "stop": stop, "ctx": ctx_tokens, "ram": ram, "vram": vram},
-        **{"threads": threads, "kernels": kernels, "system": system},
-    )
-    if raw and settings.system and options.typed(ctx, "system"):
+    name = options.require_model(context, model, model_flag)
+    settings = Settings.read(system=system, **given)
+    if raw and settings.system and options.typed(context, "system"):
         raise MoecliError("`--raw` takes no system prompt", "leave out `--raw`", exit_code=2)
     text = _join_prompt(_read_stdin(), prompt_flag, prompt)
     settings.sampling_config({})  # complains before the model is opened

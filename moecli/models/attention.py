@@ -6,17 +6,20 @@ Legend of the shapes: T new tokens, L tokens looked at, N query heads, K key hea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moecli.models.batch import Batch, SequenceSlice
-from moecli.models.config import ModelSpec, RopeKind, RopeSpec
+from moecli.models.config import ModelSpec, RopeSpec
+from moecli.models.fused import position_heads
+from quant.bnb import BnbWeight
 from quant.ops import linear
 from quant.tensor import QuantizedWeight
 
-Weight = QuantizedWeight | Tensor
+Weight = QuantizedWeight | BnbWeight | Tensor
 Weights = Callable[[str], Weight]  # by the names of ModelSpec.dense_tensors
 
 
@@ -25,12 +28,6 @@ def dense(weights: Weights, name: str) -> Tensor:
     weight = weights(name)
     assert isinstance(weight, Tensor), f"{name} is quantized"
     return weight
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalised in fp32 over the last dimension, cast back, then multiplied by the weight."""
-    normed = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
-    return normed if weight is None else normed * weight
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
@@ -48,46 +45,128 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     return slow + blend * (frequencies - slow)
 
 
-def rotate(x: Tensor, turns: Tensor, kind: RopeKind) -> Tensor:
-    """x [T, heads, D] turned by unit complex numbers [T, D / 2], computed in fp32."""
-    y = x.float()
-    if kind == "interleaved":
-        pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
-    cos = torch.cat((turns.real, turns.real), dim=-1)[:, None]
-    sin = torch.cat((-turns.imag, turns.imag), dim=-1)[:, None]
-    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+@dataclass(frozen=True)
+class Heads:
+    """What becomes of a layer's queries and keys between projection and attention."""
+
+    layer: int
+    rope: str  # a RopeKind, or "none"
+    norm: str  # "before" RoPE, "after" it, or "none"
+    norm_weight: Tensor | None  # [N + K, D]
+    tempered: bool  # queries are scaled by the temperature of their position
+    eps: float
+
+    @classmethod
+    def of(cls, spec: ModelSpec, layer: int, norm_weight: Tensor | None) -> "Heads":
+        rope = spec.layers[layer].rope
+        norm = "none"
+        if spec.qk_norm == "weighted_before_rope":
+            norm = "before"
+        elif spec.qk_norm == "weightless_after_rope" and rope:
+            norm = "after"
+        tempered = spec.temperature is not None and not rope
+        kind = spec.rope.kind if rope else "none"
+        return cls(layer, kind, norm, norm_weight, tempered, spec.rms_norm_eps)
+
+
+class Step(Protocol):
+    """What all layers of one forward pass share: positions, and where keys and values are kept."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the host may look at the values of this pass, to guess the next layer's."""
+        ...
+
+    @property
+    def rows(self) -> list[int] | None:
+        """Which tokens' logits are wanted; None: all."""
+        ...
+
+    def attend(self, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Position queries and keys, keep keys and values, attend.
+
+        Shapes: q [T, N, D], k and v [T, K, D] in the compute dtype; returns [T, N * D] in it.
+        """
+        ...
+
+
+class Positions:
+    """RoPE and temperature, computed for the positions at hand.
+
+    That is a few small operations a pass, against a table that at a million positions would take
+    half a GiB.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device | str = "cpu") -> None:
+        self.temperature = spec.temperature
+        self.inverse_frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
+
+    def turns(self, positions: Tensor) -> Tensor:
+        """positions [T] -> unit complex numbers [T, D / 2] complex64."""
+        angles = positions.float()[:, None] * self.inverse_frequencies
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def temperatures(self, positions: Tensor) -> Tensor | None:
+        """positions [T] -> fp32 factors [T, 1, 1] of queries without RoPE; None: always one."""
+        if self.temperature is None:
+            return None
+        octaves = torch.floor((positions.float() + 1) / self.temperature.floor)
+        return (1 + self.temperature.scale * torch.log1p(octaves))[:, None, None]
 
 
 @dataclass(frozen=True)
-class StepContext:
-    """What all layers of one forward pass share."""
+class BatchStep:
+    """The Step of a ragged batch."""
 
     slices: tuple[SequenceSlice, ...]
+    rows: list[int] | None
     turns: Tensor  # [T, D / 2] complex64: RoPE of each token
     temperature: Tensor | None  # [T, 1, 1] fp32 factor of queries without RoPE; None: all ones
+    looks_ahead: bool = True
+
+    def attend(self, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Sequence by sequence; see Step."""
+        temperature = self.temperature if heads.tempered else None
+        rules = (heads.norm_weight, heads.rope, heads.norm, heads.eps)
+        q, k = position_heads(q, k, self.turns, temperature, *rules)
+        pieces, row = [], 0
+        for piece in self.slices:
+            rows = slice(row, row + piece.length)
+            pieces += self._sequence(heads.layer, piece, q[rows], k[rows], v[rows])
+            row += piece.length
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _sequence(
+        self, layer: int, piece: SequenceSlice, q: Tensor, k: Tensor, v: Tensor
+    ) -> list[Tensor]:
+        """One sequence's tokens, chunk by chunk where the layer is chunked.
+
+        Attention is computed as the cache stores keys and values: expanding a long context to fp32
+        for each token would cost several times what attention itself does.
+        """
+        queries = q.to(piece.cache.dtype)
+        appended = piece.cache.append(layer, piece.start, k, v)
+        return [
+            attend(queries[first:last], keys, values).to(q.dtype)
+            for first, last, keys, values in appended
+        ]
 
 
 class StepMaker:
-    """Makes the StepContext of a batch.
+    """Makes the Step of a batch."""
 
-    RoPE is computed for the positions at hand: four small operations a pass, against a table that
-    at a million positions would take half a GiB.
-    """
+    def __init__(self, spec: ModelSpec, device: torch.device | str = "cpu") -> None:
+        self.positions = Positions(spec, device)
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self.temperature = spec.temperature
-        self.inverse_frequencies = inverse_frequencies(spec.rope, spec.head_dim)
-
-    def __call__(self, batch: Batch) -> StepContext:
-        positions = batch.positions()
-        angles = positions.float()[:, None] * self.inverse_frequencies
-        turns = torch.polar(torch.ones_like(angles), angles)
-        factor, tuning = None, self.temperature
+    def __call__(self, batch: Batch) -> BatchStep:
+        positions = batch.positions(self.positions.inverse_frequencies.device)
+        tuning = self.positions.temperature
+        factors = None
         if tuning is not None and batch.end >= tuning.floor:
-            octaves = torch.floor((positions.float() + 1) / tuning.floor)
-            factor = (1 + tuning.scale * torch.log1p(octaves))[:, None, None]
-        return StepContext(batch.slices, turns, factor)
+            factors = self.positions.temperatures(positions)
+        all_rows = batch.all_logits or len(batch.slices) == batch.token_ids.numel()
+        rows = None if all_rows else batch.last_rows()
+        return BatchStep(batch.slices, rows, self.positions.turns(positions), factors)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -108,19 +187,30 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if count == length:
         out = F.scaled_dot_product_attention(rows, keys, values, is_causal=True)
     else:
-        mask = _last_rows_first_mask(count, length, queries.dtype)
-        out = F.scaled_dot_product_attention(rows.flip(2), keys, values, attn_mask=mask).flip(2)
+        masked = mask_by_view if queries.is_cpu else mask_by_name
+        out = masked(rows, keys, values)
     return out.permute(2, 0, 1, 3).reshape(count, -1)
 
 
-def _last_rows_first_mask(count: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Causal mask [T, L] of the last T of L tokens, their rows reversed.
+def mask_by_view(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the last T of L tokens, [..., T, D], with a mask that takes no memory.
 
-    So reversed, entry (i, j) depends on i + j alone: the matrix is a view of T + L - 1 numbers.
+    With its rows reversed, entry (i, j) of that mask depends on i + j alone: the matrix [T, L] is a
+    view of T + L - 1 numbers.
     """
-    steps = torch.zeros(length + count - 1, dtype=dtype)
+    count, length = rows.shape[-2], keys.shape[-2]
+    steps = torch.zeros(length + count - 1, dtype=rows.dtype)
     steps[length:] = -torch.inf
-    return steps.as_strided((count, length), (1, 1))
+    mask = steps.as_strided((count, length), (1, 1))
+    return F.scaled_dot_product_attention(rows.flip(-2), keys, values, attn_mask=mask).flip(-2)
+
+
+def mask_by_name(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same for CUDA, whose kernels know this mask, and would copy one with odd strides."""
+    from torch.nn.attention.bias import causal_lower_right  # a second or two, once: torch._dynamo
+
+    mask = causal_lower_right(rows.shape[-2], keys.shape[-2])
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
 
 
 class Attention:
@@ -129,63 +219,26 @@ class Attention:
     def __init__(self, spec: ModelSpec, layer: int, weights: Weights, dtype: torch.dtype) -> None:
         prefix = f"layers.{layer}."
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        self.layer = layer
-        self.dtype = dtype
-        self.heads = (spec.num_heads, spec.num_kv_heads)
         self.head_dim = spec.head_dim
-        self.eps = spec.rms_norm_eps
-        self.rope = spec.rope.kind if spec.layers[layer].rope else None
         self.projections = [weights(prefix + name) for name in names]
         self.biases: list[Tensor | None] = [None] * 4
         if spec.attention_bias:
             self.biases = [dense(weights, f"{prefix}{name}.bias").to(dtype) for name in names]
-        self.norm_weight: Tensor | None = None  # [N + K, D]: before RoPE
+        norm_weight: Tensor | None = None
         if spec.qk_norm == "weighted_before_rope":
+            counts = (spec.num_heads, spec.num_kv_heads)
             stacked = [
                 dense(weights, prefix + name).to(dtype).expand(count, -1)
-                for name, count in zip(("q_norm", "k_norm"), self.heads, strict=True)
+                for name, count in zip(("q_norm", "k_norm"), counts, strict=True)
             ]
-            self.norm_weight = torch.cat(stacked)
-        self.norm_after = spec.qk_norm == "weightless_after_rope" and self.rope is not None
+            norm_weight = torch.cat(stacked)
+        self.heads = Heads.of(spec, layer, norm_weight)
 
-    def __call__(self, hidden: Tensor, step: StepContext) -> Tensor:
+    def __call__(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden [T, H], already normalised -> [T, H]."""
         q, k, v = (self._project(hidden, i).unflatten(-1, (-1, self.head_dim)) for i in range(3))
-        q, k = self._position(torch.cat((q, k), dim=1), step)  # [T, N, D], [T, K, D]
-        pieces, row = [], 0
-        for piece in step.slices:
-            rows = slice(row, row + piece.length)
-            pieces += self._sequence(piece, q[rows], k[rows], v[rows])
-            row += piece.length
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # [T, N * D]
-        return self._project(out, 3)
+        return self._project(step.attend(self.heads, q, k, v), 3)
 
     def _project(self, x: Tensor, index: int) -> Tensor:
         out, bias = linear(x, self.projections[index]), self.biases[index]
         return out if bias is None else out + bias
-
-    def _position(self, qk: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
-        """Norms and RoPE treat queries and keys alike, so they go through them as one."""
-        if self.norm_weight is not None:
-            qk = rms_norm(qk, self.norm_weight, self.eps)
-        if self.rope is not None:
-            qk = rotate(qk, step.turns, self.rope)
-        if self.norm_after:
-            qk = rms_norm(qk, None, self.eps)
-        q, k = qk.split(self.heads, dim=1)
-        if self.rope is None and step.temperature is not None:
-            q = (q * step.temperature).to(self.dtype)
-        return q, k
-
-    def _sequence(self, piece: SequenceSlice, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """One sequence's tokens, chunk by chunk where the layer is chunked.
-
-        Attention is computed as the cache stores keys and values: expanding a long context to fp32
-        for each token would cost several times what attention itself does.
-        """
-        q = q.to(piece.cache.dtype)
-        appended = piece.cache.append(self.layer, piece.start, k, v)
-        return [
-            attend(q[first:last], keys, values).to(self.dtype)
-            for first, last, keys, values in appended
-        ]

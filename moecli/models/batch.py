@@ -42,9 +42,9 @@ class Batch:
         """One past the largest position."""
         return max(piece.start + piece.length for piece in self.slices)
 
-    def positions(self) -> Tensor:
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Position of each token in its own sequence, [T] int64."""
-        runs = [torch.arange(s.start, s.start + s.length) for s in self.slices]
+        runs = [torch.arange(s.start, s.start + s.length, device=device) for s in self.slices]
         return runs[0] if len(runs) == 1 else torch.cat(runs)
 
     def last_rows(self) -> list[int]:

@@ -9,16 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moecli.models.attention import (
-    Attention,
-    StepContext,
-    StepMaker,
-    Weights,
-    dense,
-    rms_norm,
-)
+from moecli.kv_cache import KvCache
+from moecli.models.attention import Attention, Step, StepMaker, Weights, dense
 from moecli.models.batch import Batch, SequenceSlice
 from moecli.models.config import ModelSpec
+from moecli.models.device_step import DeviceStep
+from moecli.models.fused import add_rms_norm, gather_rows, rms_norm
 from moecli.models.moe import Mlp, MoeBlock
 from moecli.models.provider import ExpertProvider
 from quant.ops import linear
@@ -73,12 +69,42 @@ class DecoderLayer:
         )
         self.lookahead: Lookahead | None = None
 
-    def __call__(self, hidden: Tensor, step: StepContext) -> Tensor:
-        """hidden [T, H] -> [T, H]."""
-        hidden = hidden + self.attention(rms_norm(hidden, self.input_norm, self.eps), step)
-        if self.lookahead is not None:
+    def __call__(self, hidden: Tensor, delta: Tensor | None, step: Step) -> Tensor:
+        """hidden [T, H] and what the layer before adds to it -> what this layer adds.
+
+        `hidden` becomes, in place, what this layer adds to: one operation both adds and normalises.
+        """
+        if delta is None:
+            normed = rms_norm(hidden, self.input_norm, self.eps)
+        else:
+            normed = add_rms_norm(hidden, delta, self.input_norm, self.eps)
+        normed = add_rms_norm(hidden, self.attention(normed, step), self.post_norm, self.eps)
+        if self.lookahead is not None and step.looks_ahead:
             self.lookahead(hidden)
-        return hidden + self.mlp(rms_norm(hidden, self.post_norm, self.eps))
+        return self.mlp(normed)
+
+
+class Embedding:
+    """Rows of a table that may lie elsewhere than on the device that computes."""
+
+    def __init__(
+        self, table: Tensor, address: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.table = table  # [V, H]
+        self.device = device
+        self.dtype = dtype
+        self._address: Tensor | None = None  # [1]
+        if address:
+            assert table.is_contiguous(), "an embedding with gaps"
+            self._address = torch.tensor([address], device=device)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> [T, H], a new tensor."""
+        if self._address is not None:
+            ids, width = token_ids.to(self.device), self.table.shape[1]
+            return gather_rows(self._address, ids, width, self.table.dtype).to(self.dtype)
+        rows = F.embedding(token_ids.to(self.table.device), self.table)
+        return rows.to(self.device, self.dtype)
 
 
 class Decoder:
@@ -91,17 +117,25 @@ class Decoder:
         experts: ExpertProvider,
         dtype: torch.dtype = torch.float32,
         guesses: int = 0,
+        device: torch.device | str = "cpu",
+        embedding_address: int = 0,
     ) -> None:
         """`weights(name)` gives each of `spec.dense_tensors`, by the name it has there.
 
+        All of them lie on `device`, the input embedding excepted: it may stay in main memory, and
+        where the device can read it there, `embedding_address` says where it sees it. Only then, or
+        on the device, can the embedding be part of a captured step.
         `guesses`: how many experts a token are prefetched for each next layer; 0: none.
         """
         self.spec = spec
         self.dtype = dtype
-        self.embedding = dense(weights, "embed_tokens")  # [V, H]
+        self.device = torch.device(device)
+        table = dense(weights, "embed_tokens")  # [V, H]
+        self.embedding = Embedding(table, embedding_address, self.device, dtype)
         self.norm = dense(weights, "norm").to(dtype)
-        self.head = self.embedding if spec.tie_word_embeddings else weights("lm_head")
-        self.make_step = StepMaker(spec)
+        assert self.norm.device.type == self.device.type, f"weights on {self.norm.device}"
+        self.head = table if spec.tie_word_embeddings else weights("lm_head")
+        self.make_step = StepMaker(spec, self.device)
         self.layers = [
             DecoderLayer(spec, layer, weights, experts, dtype) for layer in range(spec.num_layers)
         ]
@@ -118,13 +152,29 @@ class Decoder:
         """
         for piece in batch.slices:
             piece.cache.begin(piece.start, piece.length)
-        step = self.make_step(batch)
-        hidden = F.embedding(batch.token_ids, self.embedding).to(self.dtype)  # [T, H]
-        for layer in self.layers:
-            hidden = layer(hidden, step)
-        if not batch.all_logits and len(batch.slices) != hidden.shape[0]:
-            hidden = hidden[batch.last_rows()]
-        logits = linear(rms_norm(hidden, self.norm, self.spec.rms_norm_eps), self.head).float()
+        logits = self.run(batch.token_ids, self.make_step(batch))
         for piece in batch.slices:
             piece.cache.commit()
         return logits
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Tensor, position: Tensor, cache: KvCache) -> Tensor:
+        """Logits fp32 [1, V] after one token, from operations of the device alone.
+
+        Shapes: token_ids and position int64 [1], both on the device. May be captured as a graph,
+        and replayed after new numbers are written into these two. Extends the cache only between
+        its `begin` and `commit`, which are the caller's.
+        """
+        return self.run(token_ids, DeviceStep(self.make_step.positions, cache, position))
+
+    @torch.inference_mode()
+    def run(self, token_ids: Tensor, step: Step) -> Tensor:
+        """Logits fp32 [rows, V] of tokens [T]; what they are and where they stand is the step's."""
+        hidden, delta = self.embedding(token_ids), None  # [T, H]
+        for layer in self.layers:
+            delta = layer(hidden, delta, step)
+        assert delta is not None, "a decoder without layers"
+        if step.rows is not None:
+            hidden, delta = hidden[step.rows], delta[step.rows]
+        normed = add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
+        return linear(normed, self.head).float()

@@ -6,19 +6,19 @@ Legend of the shapes: T tokens, H hidden, E experts, k experts a token.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moecli.models.attention import Weight, Weights
 from moecli.models.config import ModelSpec
-from moecli.models.provider import ExpertProvider
+from moecli.models.fused import silu_mul
+from moecli.models.provider import ExpertProvider, Ready
 from quant.ops import linear
 
 FloatExpert = tuple[Tensor, Tensor, Tensor]  # gate [I, H], up [I, H], down [H, I]
 
 
 def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+    return linear(silu_mul(linear(x, gate), linear(x, up)), down)
 
 
 class Mlp:
@@ -69,8 +69,11 @@ class MoeBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
-        routed = self.experts(self.layer, x, *self.router(x))
-        return routed if self.shared is None else self.shared(x) + routed
+        pending = self.experts.begin(self.layer, x, *self.router(x))
+        if self.shared is None:
+            return pending.result()
+        shared = self.shared(x)
+        return shared + pending.result()
 
 
 class FloatExperts:
@@ -81,9 +84,8 @@ class FloatExperts:
         self.load = load
         self.weight_on_input = spec.weight_on_input
 
-    def __call__(
-        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> Tensor:
+    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
+        """[T, H], computed at once."""
         out = hidden.new_zeros(*topk_ids.shape, hidden.shape[-1])  # [T, k, H]
         for expert in topk_ids.unique().tolist():
             tokens, choices = torch.where(topk_ids == expert)
@@ -92,7 +94,7 @@ class FloatExperts:
                 out[tokens, choices] = gated_mlp(x * weight, *self.load(layer, expert))
             else:
                 out[tokens, choices] = gated_mlp(x, *self.load(layer, expert)) * weight
-        return out.sum(dim=1)
+        return Ready(out.sum(dim=1))
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """Nothing to fetch."""

@@ -1,23 +1,41 @@
 """Knows what a forward pass asks of whoever computes its routed experts, and nothing of how."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 
+class Pending(Protocol):
+    """Routed experts that were asked for; other work may be done before their result is."""
+
+    def result(self) -> Tensor:
+        """Weighted sum of the chosen experts, [T, H] in the compute dtype; asked for once."""
+        ...
+
+
 class ExpertProvider(Protocol):
     """Computes routed experts wherever their bytes lie."""
 
-    def __call__(
-        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> Tensor:
-        """Weighted sum of the chosen experts.
+    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
+        """Start computing the weighted sum of the chosen experts.
 
         Shapes: hidden [T, H] in the compute dtype; topk_ids [T, k] int64; topk_weights [T, k] in
-        the compute dtype; returns [T, H] in the compute dtype. T may be 0.
+        the compute dtype. T may be 0. What is started here overlaps with the shared expert, which
+        is computed before the result is asked for. `hidden` stays as it is until then.
         """
         ...
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """A guess, [T, k] int64, of what `layer` will choose; returns at once."""
         ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A Pending that is there already."""
+
+    value: Tensor  # [T, H]
+
+    def result(self) -> Tensor:
+        return self.value

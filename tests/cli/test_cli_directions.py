@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("moecli", "quant", "offload")
-STDLIB_ONLY = ("offload.policy", "offload.plan", "offload.trace", "moecli.models.config")
+STDLIB_ONLY = (
+    *("offload.policy", "offload.footprint", "offload.lanes", "offload.placing", "offload.plan"),
+    *("offload.trace", "moecli.models.config"),
+)
 LAZY = {"transformers", "bitsandbytes", "accelerate", "huggingface_hub"}
 
 

@@ -1,13 +1,14 @@
 """show, plan and doctor with the real packages below them; no weights are needed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moecli import store
+from moecli import selfcheck, store
 from moecli.commands import doctor
-from offload import bandwidth, hardware
+from offload import bandwidth, hardware, measured
 from tests.cli.fakes import write_model
 
 GIB = 1 << 30
@@ -148,6 +149,103 @@ def test_plan_that_does_not_fit_names_the_context_that_does(real_cli, scout) -> 
     assert real_cli("plan", scout, "--ram", "14GiB", "--ctx", str(largest + 1024)).code == 1
 
 
+CARD = ("--vram", "24GiB", "--ram", "64GiB", "--link", "25GB/s", "--ram-bw", "60GB/s")
+RATES = ("--cpu-bw", "50GB/s", "--vram-bw", "1TB/s", "--disk", "7GB/s")
+
+
+def test_plan_of_scout_on_a_card_that_is_not_here(real_cli, scout) -> None:
+    outcome = real_cli("plan", scout, *CARD, *RATES, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    plan = json.loads(outcome.out)
+    assert plan["vram_nbytes"] <= plan["vram_budget"] == 24 * GIB
+    assert plan["ram_nbytes"] <= plan["ram_budget"] == 64 * GIB
+    assert (plan["placement"], plan["lanes"]) == ("slice", ["link", "host"])
+    size, row = plan["slice_size"], 70_778_880 // 8192
+    assert size % 256 == 0
+    pages = -(-size * row // 4096) * 4096
+    assert plan["device_pool_nbytes"] == 768 * pages
+    assert plan["host_slots"] == 768
+    active, rest = 48 * 70_778_880, (8192 - size) / 8192
+    vram_s = (plan["dense_nbytes"] + active * (1 - rest)) / 1e12
+    assert plan["predicted_tok_s"] == pytest.approx(1 / (vram_s + active * rest / 60e9))
+    assert plan["link_tok_s"] == pytest.approx(1 / (vram_s + active * rest / 25e9))
+    assert plan["host_tok_s"] == pytest.approx(1 / (vram_s + active * rest / 50e9))
+
+
+def test_plan_on_a_card_piped(real_cli, scout) -> None:
+    def rows(*flags: str) -> dict[str, list[str]]:
+        outcome = real_cli("plan", scout, *CARD, *RATES, *flags)
+        assert (outcome.code, outcome.err) == (0, "")
+        split = [line.split("\t") for line in outcome.out.splitlines()]
+        return {label: values for label, *values in split}
+
+    found = rows("--placement", "lru", "--lane", "link")
+    assert found["placement"] == ["lru"]
+    slots = int(found["slots"][0])
+    assert found["slots"] == [str(slots), "768", "768"]
+    staging = int(found["prompts' experts"][0])
+    assert found["experts on their way"] == [str(staging * 70_778_880), "70778880", "0"]
+    assert found["experts"] == [str(slots * 70_778_880), str(768 * 70_778_880), "0"]
+    assert found["CUDA itself"] == [str(640 << 20), "0", "0"]
+    in_vram = [int(values[0]) for values in list(found.values())[: list(found).index("budget")]]
+    assert sum(in_vram) == 24 * GIB == int(found["budget"][0])
+    assert found["what VRAM lacks"] == ["link", "1.0"]
+    assert found["decode tok/s"][1] == "link"
+    assert float(found["prefill tok/s"][0]) > float(found["decode tok/s"][0])
+    found = rows()
+    assert found["rows"] == ["1536", "8192", "768", "768"]
+    share = float(found["what VRAM lacks"][1])
+    assert found["what VRAM lacks"][0] == "link host"
+    assert share == pytest.approx(25 / 75, abs=0.02)
+
+
+def test_plan_says_what_it_takes_for_granted(real_cli, scout) -> None:
+    outcome = real_cli("plan", scout, "--vram", "24GiB", "--ram", "64GiB", "--cpu-bw", "1GB/s")
+    assert outcome.err == (
+        "note: how fast RAM reaches a graphics card is unknown; say it with `--link`\n"
+        "note: VRAM is taken to be read at 300.0 GB/s; `--vram-bw` says better\n"
+    )
+    assert "decode tok/s\t\t\n" in outcome.out
+
+
+def test_plan_on_a_card_that_is_too_small_says_what_fits(real_cli, scout) -> None:
+    flags = (*CARD[2:], *RATES)
+    outcome = real_cli("plan", scout, "--vram", "8GiB", *flags)
+    assert (outcome.code, outcome.out) == (1, "")
+    hint = outcome.err.split("\n\nhint: ")[1]
+    assert hint.startswith("`--dense-scheme nf4` fits; or give `--vram 11.")
+    for advice in (("--vram", "8GiB", "--dense-scheme", "nf4"), ("--vram", hint.split("`")[3][7:])):
+        assert real_cli("plan", scout, *flags, *advice).code == 0
+    outcome = real_cli("plan", scout, "--vram", "4GiB", *flags)
+    assert "nf4" not in outcome.err
+    assert "or a shorter context with `--ctx`" in outcome.err
+    outcome = real_cli("plan", scout, "--vram", "16GiB", "--ctx", "1m", *flags)
+    largest = outcome.err.split("`--ctx ")[1].split("`")[0]
+    assert real_cli("plan", scout, "--vram", "16GiB", "--ctx", largest, *flags).code == 0
+
+
+def test_plan_for_the_card_that_is_here(real_cli, scout, monkeypatch) -> None:
+    card = replace(
+        MACHINE, gpu_name="RTX", gpu_driver="600.1", vram_total=24 * GIB, vram_free=20 * GIB
+    )
+    monkeypatch.setattr(hardware, "detect", lambda *_, gpu, **__: card if gpu else MACHINE)
+    for name in ("link", "zero_copy", "vram"):
+        monkeypatch.setattr(bandwidth, f"measure_{name}", lambda: 25e9)
+    monkeypatch.setattr(bandwidth, "measure_compute", lambda _: 1e9)
+    outcome = real_cli("plan", scout, "--ram", "64GiB", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    plan = json.loads(outcome.out)
+    assert plan["vram_budget"] == 20 * GIB - (512 << 20), "others keep theirs"
+    assert plan["link_tok_s"] > plan["host_tok_s"]
+    stated = ("--link", "5GB/s", "--ram", "64GiB")
+    described = json.loads(real_cli("plan", scout, *stated, "--json").out)
+    slower = 1 / described["link_tok_s"] - 1 / plan["link_tok_s"]
+    missing = 48 * 70_778_880 * (1 - plan["device_resident_share"])
+    assert slower == pytest.approx(missing / 5e9 - missing / 25e9), "what was measured gives way"
+    without = json.loads(real_cli("plan", scout, "--json", "--device", "cpu").out)
+    assert (without["vram_budget"], without["lanes"]) == (0, [])
+
+
 def test_plan_that_never_fits(real_cli, scout) -> None:
     outcome = real_cli("plan", scout, "--ram", "1GiB")
     assert outcome.code == 1
@@ -167,6 +265,70 @@ def test_doctor(real_cli, models, model) -> None:
     checks = json.loads(real_cli("doctor", "--json").out)
     assert len(checks) == len(lines)
     assert set(checks[0]) == {"status", "what", "found", "fix"}
+
+
+@pytest.fixture
+def card(monkeypatch) -> list[bool]:
+    """A graphics card whose graph path is wrong; notes each time whether it was to be refreshed."""
+    seen: list[bool] = []
+    machine = replace(MACHINE, gpu_name="Test GPU", vram_total=24 * GIB, vram_free=20 * GIB)
+    monkeypatch.setattr(hardware, "detect", lambda *_, **__: machine)
+
+    def check(refresh, begin):
+        seen.append(refresh)
+        if refresh:
+            begin()
+        errors = {"graph": "Mismatch: step 3: off by 2\nmore"}
+        cases = [selfcheck.Result(p, f"case {p}", errors.get(p), 0.1) for p in selfcheck.PATHS]
+        return selfcheck.SelfCheck({}, tuple(cases), remembered=not refresh)
+
+    monkeypatch.setattr(selfcheck, "self_check", check)
+    return seen
+
+
+def test_doctor_shows_the_fast_paths_of_a_card(real_cli, card) -> None:
+    outcome = real_cli("doctor")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = [line for line in outcome.out.splitlines() if " GPU " in line or "graphics" in line]
+    assert lines == [
+        "ok    graphics      Test GPU, 24.0 GiB, 20.0 GiB free",
+        "ok    GPU kernels   1 cases right, compared earlier",
+        "warn  GPU graph     off: `case graph` failed: Mismatch: step 3: off by 2",
+        "ok    GPU fetch     1 cases right, compared earlier",
+        "ok    GPU doorbell  1 cases right, compared earlier",
+    ]
+    assert "fix: until `moecli doctor --refresh` finds it right, each kernel" in outcome.out
+    assert card == [False]
+
+
+def test_doctor_checks_a_card_again(real_cli, card) -> None:
+    outcome = real_cli("doctor", "--refresh")
+    assert "comparing kernels" in outcome.err
+    assert "ok    GPU kernels   1 cases right, compared now" in outcome.out.splitlines()
+    assert card == [True]
+
+
+def test_doctor_names_every_path() -> None:
+    assert tuple(doctor._PATHS) == selfcheck.PATHS
+
+
+def test_doctor_measures_a_card_anew(real_cli, models, monkeypatch) -> None:
+    card = replace(
+        MACHINE, gpu_name="RTX", gpu_driver="600.1", vram_total=24 * GIB, vram_free=20 * GIB
+    )
+    monkeypatch.setattr(hardware, "detect", lambda *_, **__: card)
+    for name in ("link", "vram"):
+        monkeypatch.setattr(bandwidth, f"measure_{name}", lambda: 25e9)
+    monkeypatch.setattr(bandwidth, "measure_zero_copy", lambda: None)
+    whole = selfcheck.SelfCheck({}, (selfcheck.Result("kernels", "a case", None, 0.1),))
+    monkeypatch.setattr(selfcheck, "self_check", lambda *_, **__: whole)
+    lines = real_cli("doctor").out.splitlines()
+    assert "ok    graphics      RTX, 24.0 GiB, 20.0 GiB free, driver 600.1" in lines
+    assert "ok    link speed    25.0 GB/s" in lines
+    assert "warn  zero copy     not measured" in lines
+    monkeypatch.setattr(bandwidth, "measure_link", lambda: 30e9)
+    assert "ok    link speed    30.0 GB/s" in real_cli("doctor").out.splitlines()
+    assert measured.with_bandwidths(card).link_bw == 30e9, "and others reckon with it"
 
 
 def test_doctor_finds_what_is_wrong(real_cli, home, monkeypatch) -> None:

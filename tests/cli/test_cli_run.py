@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from offload import hardware
 from tests.cli.fakes import FakeEngine
 
 
@@ -82,10 +83,38 @@ def test_engine_flags_arrive(cli, model) -> None:
     assert config.kernels == "reference"
 
 
-def test_vram_is_said_not_to_count_yet(cli, model) -> None:
-    outcome = cli("run", model, "hi", "--vram", "8GiB")
-    assert outcome.out == "you said: hi\n"
-    assert outcome.err.startswith("note: ")
+def test_placement_flags_arrive(cli, model) -> None:
+    flags = ["--device", "cpu", "--placement", "slice", "--lane", "both", "--dense-scheme", "nf4"]
+    assert cli("run", model, "hi", *flags).code == 0
+    config = FakeEngine.opened[-1].config
+    assert (config.device, config.placement, config.lane) == ("cpu", "slice", "both")
+    assert (config.dense_scheme, config.vram_nbytes) == ("nf4", None)
+
+
+def test_vram_arrives_where_there_is_a_card(cli, model, monkeypatch) -> None:
+    card = hardware.Machine(gpu_name="RTX", vram_total=10 << 30)
+    monkeypatch.setattr(hardware, "detect", lambda **_: card)
+    assert cli("run", model, "hi", "--vram", "8GiB").code == 0
+    assert FakeEngine.opened[-1].config.vram_nbytes == 8 << 30
+    assert cli("run", model, "hi", "--vram", "50%", "--device", "cuda").code == 0
+    assert FakeEngine.opened[-1].config.vram_nbytes == 5 << 30
+
+
+@pytest.mark.parametrize(("command", "rest"), [("run", ["hi"]), ("chat", [])])
+@pytest.mark.parametrize("flags", [("--vram", "8GiB"), ("--device", "cuda")])
+def test_a_card_that_is_asked_for_must_be_there(
+    cli, model, monkeypatch, command, rest, flags
+) -> None:
+    monkeypatch.setattr(hardware, "detect", lambda **_: hardware.Machine())
+    outcome = cli(command, model, *rest, *flags)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == (
+        f"error: `{flags[0] if flags[0] == '--vram' else ' '.join(flags)}` asks for a graphics "
+        "card, but torch finds no CUDA device here\n\n"
+        "hint: `moecli doctor` shows what is found; `--device cpu` runs on the processor\n"
+    )
+    assert not FakeEngine.opened
+    assert cli(command, model, *rest, "--device", "cpu", "--vram", "8GiB").code == 0
     assert FakeEngine.opened[-1].config.vram_nbytes is None
 
 
@@ -113,7 +142,7 @@ def test_verbose_timings_on_stderr(cli, model) -> None:
     assert outcome.err == (
         "prompt   23 tokens, 80.0 tok/s, first token after 0.25 s\n"
         "answer   2 tokens, 20.0 tok/s (ram bandwidth allows 93.8)\n"
-        "experts  75.0% of 40 hit, 781 KiB read; 25 of 64 have a place in RAM\n"
+        "experts  75.0% of 40 hit, 781 KiB read; 25 of 64 experts have a place in RAM\n"
         "memory   peak 100 MiB; the plan takes 14.0 MiB of 14.0 MiB\n"
     )
 

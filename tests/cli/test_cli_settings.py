@@ -44,6 +44,15 @@ def test_config_file_holds_every_kind_of_setting(home) -> None:
     assert settings.system == "Be brief."
 
 
+def test_a_config_file_places_experts(home) -> None:
+    write(home, "vram = '8GiB'\ndevice = 'cuda'\nplacement = 'pinned'\nlane = 'cpu'")
+    config = Settings.read(lane="both").engine_config()
+    assert (config.vram_nbytes, config.device) == (8 << 30, "cuda")
+    assert (config.placement, config.lane, config.dense_scheme) == ("pinned", "both", "stored")
+    write(home, "vram = '80%'")
+    assert Settings.read(device="cpu").engine_config().vram_nbytes is None, "no card is asked for"
+
+
 def test_config_home_moves(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "elsewhere"))
     assert config_file() == tmp_path / "elsewhere/moecli/config.toml"
@@ -59,7 +68,9 @@ def test_config_home_moves(monkeypatch, tmp_path) -> None:
         ("temp = 'warm'", ["`temp`", "warm"]),
         ("ctx = 'long'", ["`ctx`", "long"]),
         ("stop = 'x'", ["`stop`", "list"]),
-        ("kernels = 'fast'", ["`kernels`", "reference"]),
+        ("kernels = 'fast'", ["`kernels`", "`reference`", "`triton`"]),
+        ("dense-scheme = 'int4'", ["`dense-scheme`", "`stored`, `nf4`, `llm-int8`"]),
+        ("placement = 'best'", ["`placement`", "`auto`, `lru`, `slice`, `pinned`"]),
         ("temp = ", ["TOML"]),
     ],
 )
@@ -112,6 +123,10 @@ def test_unknown_machine_needs_a_size(monkeypatch) -> None:
         ("--top-k", "1.5"),
         ("--temp", "nan"),
         ("--kernels", "x"),
+        ("--device", "tpu"),
+        ("--placement", "random"),
+        ("--lane", "bus"),
+        ("--dense-scheme", "int4"),
         ("-n", "0"),
     ],
 )

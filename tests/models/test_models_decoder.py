@@ -159,10 +159,11 @@ def test_a_forward_that_dies_leaves_a_usable_cache():
     block = decoder.layers[2].mlp
     experts = block.experts
 
-    def fail(*_):
-        raise RuntimeError("no such expert")
+    class Failing:
+        def begin(self, *_):
+            raise RuntimeError("no such expert")
 
-    block.experts = fail
+    block.experts = Failing()
     with pytest.raises(RuntimeError):
         decoder.forward(Batch.of(ids[13:20], cache))
     assert cache.length == 8
@@ -181,9 +182,9 @@ class Recorder:
     def __init__(self, experts):
         self.experts, self.guessed, self.chosen = experts, {}, {}
 
-    def __call__(self, layer, hidden, topk_ids, topk_weights):
+    def begin(self, layer, hidden, topk_ids, topk_weights):
         self.chosen[layer] = topk_ids
-        return self.experts(layer, hidden, topk_ids, topk_weights)
+        return self.experts.begin(layer, hidden, topk_ids, topk_weights)
 
     def prefetch(self, layer, topk_ids):
         assert layer not in self.chosen, "a guess after the fact"

@@ -1,0 +1,1 @@
+"""The cases of the self-check: each fast path beside a plain computation."""

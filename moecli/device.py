@@ -1,0 +1,170 @@
+"""Knows how a run on a device is put together; not what a step computes, nor where bytes lie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from moecli.decode_loop import DecodeLoop
+from moecli.device_experts import (
+    DECODE_TOKENS,
+    CachedExperts,
+    DecodeLanes,
+    DeviceExperts,
+    ExpertMath,
+    HostPart,
+    SlicedExperts,
+    StreamedExperts,
+)
+from moecli.device_tiers import DeviceTiers
+from moecli.device_weights import DeviceWeights
+from moecli.generation import TokenSource
+from moecli.graphs import Capture
+from moecli.host_server import HostServer
+from moecli.kv_cache import KvCache
+from moecli.models.config import ModelSpec
+from moecli.models.decoder import Decoder
+from moecli.selfcheck import FastPaths
+from moecli.session import Session
+from offload.host_lane import HostLane
+from offload.pinning import Pinner
+from offload.stats import CacheStats
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """How a device is used; what the self-check turned off is off here."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    kv_dtype: torch.dtype
+    ctx: int
+    capture: Capture  # how a decode step is made repeatable
+    pinner: Pinner  # makes main memory readable for the device
+    paths: FastPaths = FastPaths()  # noqa: RUF009  # frozen
+
+
+class DeviceParts:
+    """The Parts of a run on a device. One conversation at a time: VRAM holds one KV cache."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: DeviceWeights,
+        tiers: DeviceTiers,
+        settings: DeviceSettings,
+    ) -> None:
+        """Owns `tiers` and `weights`."""
+        self.tiers, self._weights, self._settings, self._spec = tiers, weights, settings, spec
+        math = ExpertMath(tiers.layout, spec.weight_on_input)
+        self.lane = self._open_lane() if tiers.needs_host else None
+        host = None
+        if self.lane is not None:
+            host = HostPart(self.lane, math, readable=self._host_may_point)
+        self.stream = StreamedExperts(tiers.manager, math, spec, tiers.residents)
+        experts = DeviceExperts(spec, _decode_lanes(tiers, math, host), self.stream)
+        self.decoder = Decoder(
+            spec,
+            weights,
+            experts,
+            settings.dtype,
+            guesses=spec.experts_per_token if tiers.plan.staging_slots else 0,
+            device=settings.device,
+            embedding_address=weights.embedding_address,
+        )
+        self._cache = KvCache(spec, settings.ctx, settings.kv_dtype, settings.device)
+        self._session: Session | None = None
+        loop = DecodeLoop(self.decoder, self._cache, settings.capture, self._check)
+        self.tokens: TokenSource = loop.tokens
+
+    @property
+    def _host_may_point(self) -> bool:
+        """Whether some experts come to main memory only when they are asked for."""
+        plan = self.tiers.plan
+        return not self.tiers.settled and not plan.slice_size and "link" in plan.lanes
+
+    def _open_lane(self) -> HostLane:
+        tiers, spec = self.tiers, self._spec
+        server = HostServer(
+            tiers.manager,
+            tiers.layout,
+            spec,
+            link_counts=tiers.plan.link_counts if self._host_may_point else None,
+            rows=tiers.host_rows if tiers.plan.slice_size else None,
+        )
+        return HostLane(
+            spec.hidden_size,
+            spec.num_experts,
+            spec.experts_per_token,
+            DECODE_TOKENS,
+            server,
+            self._settings.device,
+            self._settings.pinner,
+            taken=server.release,
+        )
+
+    def _check(self) -> None:
+        if self.lane is not None:
+            self.lane.check()
+
+    @property
+    def stats(self) -> CacheStats:
+        """The stream's requests and those of decode steps together. Waits for the device."""
+        stats = self.tiers.manager.stats
+        stats = replace(stats, hits=stats.hits + self.stream.resident_hits)
+        cache = self.tiers.cache
+        if cache is None:
+            return stats
+        counts = sum(cache.counters()[1:], cache.counters()[0])
+        moved = (counts.fetched + counts.linked) * self.tiers.layout.nbytes
+        return replace(
+            stats,
+            hits=stats.hits + counts.hits,
+            misses=stats.misses + counts.requests - counts.hits,
+            device_nbytes=stats.device_nbytes + moved,
+        )
+
+    def begin_step(self) -> None:
+        self.tiers.manager.begin_step()
+        self.stream.refresh()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self.lane is None:
+            yield
+            return
+        with self.lane.armed():
+            yield
+
+    def new_session(self) -> Session:
+        """An empty conversation; the one before forgets everything."""
+        if self._session is not None:
+            self._session.tokens.clear()
+        self._cache.truncate(0)
+        self._session = Session(self._cache)
+        return self._session
+
+    def check_integrity(self, deep: bool = False) -> None:
+        self.tiers.manager.check_integrity(deep)
+        cache = self.tiers.cache
+        if cache is not None:
+            cache.check_integrity(self._file_bytes if deep else None)
+
+    def _file_bytes(self, key: tuple[int, int]) -> bytes:
+        index, expert = key
+        return self.tiers.file_bytes((self._spec.moe_layers[index], expert))
+
+    def close(self) -> None:
+        if self.lane is not None:
+            self.lane.close()
+        self.tiers.close()
+        self._weights.close()
+
+
+def _decode_lanes(tiers: DeviceTiers, math: ExpertMath, host: HostPart | None) -> DecodeLanes:
+    if tiers.cache is not None:
+        return CachedExperts(tiers.cache, math, host)
+    assert tiers.slices is not None, "neither slots nor slices"
+    slice_math = ExpertMath(tiers.slice_layout, math.weight_on_input)
+    return SlicedExperts(tiers.slices, tiers.whole, slice_math, math, tiers.link_end, host)

@@ -1,0 +1,267 @@
+"""Knows the small operations between matrix products: schema, shape function, reference, backend.
+
+Legend: T tokens, H hidden, D head size, N query heads, K key heads, C slots of a layer's cache.
+
+CPU tensors take the references, plain PyTorch, and CUDA tensors the Triton kernels, unless
+`set_backend` says otherwise. None of these operations waits for the device or depends on a Python
+value that changes from step to step, so a step made of them can be captured.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moecli.errors import MoecliError
+
+BACKENDS = ("auto", "reference", "triton")
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose who computes from now on, in every thread."""
+    global _backend
+    if name not in BACKENDS:
+        raise MoecliError(f"no kernels are called `{name}`", f"use one of {', '.join(BACKENDS)}")
+    _backend = name
+
+
+def current_backend() -> str:
+    return _backend
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Normalised in fp32 over the last dimension, cast back, then multiplied by the weight.
+
+    Shapes: x [..., R, D], weight [D] or [R, D].
+    """
+    result: Tensor = torch.ops.moecli.rms_norm(x, weight, eps)
+    return result
+
+
+def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Adds `delta` to `residual`, in place, and gives the sum's `rms_norm`. All [T, H]."""
+    result: Tensor = torch.ops.moecli.add_rms_norm(residual, delta, weight, eps)
+    return result
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any one shape."""
+    result: Tensor = torch.ops.moecli.silu_mul(gate, up)
+    return result
+
+
+def rotate_and_store(
+    q: Tensor,  # [1, N, D]
+    k: Tensor,  # [1, K, D]
+    v: Tensor,  # [1, K, D]
+    turns: Tensor,  # complex64 [1, D / 2]
+    temperature: Tensor | None,  # fp32 [1, 1, 1]
+    norm_weight: Tensor | None,  # [N + K, D]
+    rope: str,
+    norm: str,
+    eps: float,
+    length: Tensor,  # int64 [1]: slots seen by this token, its own, length - 1, included
+    keys_values: Tensor,  # [2, K, C, D]
+) -> Tensor:
+    """`position_heads` of one token, whose key and value are then stored in their slot.
+
+    Gives the queries [1, N, D] in the dtype of the cache.
+    """
+    result: Tensor = torch.ops.moecli.rotate_and_store(
+        q, k, v, turns, temperature, norm_weight, rope, norm, eps, length, keys_values
+    )
+    return result
+
+
+def decode_attention(
+    q: Tensor, keys_values: Tensor, length: Tensor, splits: int, dtype: torch.dtype
+) -> Tensor:
+    """Attention of one token over the slots 0 to length - 1, scaled by D^-0.5.
+
+    Shapes: q [1, N, D], keys_values [2, K, C, D], length int64 [1]; returns [1, N * D] in `dtype`.
+    The kernel divides the length into `splits` parts that are computed side by side.
+    """
+    result: Tensor = torch.ops.moecli.decode_attention(q, keys_values, length, splits, dtype)
+    return result
+
+
+def gather_rows(address: Tensor, ids: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a table [V, H] of `dtype` whose address the device can read, wherever it lies.
+
+    Shapes: address int64 [1], ids int64 [T] below V, which nothing checks; returns [T, H].
+    """
+    result: Tensor = torch.ops.moecli.gather_rows(address, ids, hidden_size, dtype)
+    return result
+
+
+def rotate(x: Tensor, turns: Tensor, rope: str) -> Tensor:
+    """x [T, heads, D] turned by unit complex numbers [T, D / 2], computed in fp32."""
+    y = x.float()
+    if rope == "interleaved":
+        pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
+    cos = torch.cat((turns.real, turns.real), dim=-1)[:, None]
+    sin = torch.cat((-turns.imag, turns.imag), dim=-1)[:, None]
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def position_heads(
+    q: Tensor,  # [T, N, D]
+    k: Tensor,  # [T, K, D]
+    turns: Tensor,  # complex64 [T, D / 2]
+    temperature: Tensor | None,  # fp32 [T, 1, 1], of the queries
+    norm_weight: Tensor | None,  # [N + K, D]
+    rope: str,  # "interleaved", "half" or "none"
+    norm: str,  # "before", "after" or "none"
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """q and k with RoPE, q/k norms and temperature.
+
+    Norms and RoPE treat queries and keys alike, so they go through them as one.
+    """
+    qk = torch.cat((q, k), dim=1)
+    if norm == "before":
+        qk = _rms_norm(qk, norm_weight, eps)
+    if rope != "none":
+        qk = rotate(qk, turns, rope)
+    if norm == "after":
+        qk = _rms_norm(qk, norm_weight, eps)
+    q, k = qk.split((q.shape[1], k.shape[1]), dim=1)
+    return (q if temperature is None else (q * temperature).to(q.dtype)), k
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    normed = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+    return normed if weight is None else normed * weight
+
+
+def _rms_norm_shape(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return _rms_norm(residual.add_(delta), weight, eps)
+
+
+def _add_rms_norm_shape(
+    residual: Tensor, delta: Tensor, weight: Tensor | None, eps: float
+) -> Tensor:
+    return torch.empty_like(residual)
+
+
+def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _silu_mul_shape(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def _rotate_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    turns: Tensor,
+    temperature: Tensor | None,
+    norm_weight: Tensor | None,
+    rope: str,
+    norm: str,
+    eps: float,
+    length: Tensor,
+    keys_values: Tensor,
+) -> Tensor:
+    q, k = position_heads(q, k, turns, temperature, norm_weight, rope, norm, eps)
+    new = torch.stack((k[0], v[0]))[:, :, None]  # [2, K, 1, D]
+    keys_values.index_copy_(2, length - 1, new.to(keys_values.dtype))
+    return q.to(keys_values.dtype, copy=True)
+
+
+def _rotate_and_store_shape(q: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(q, dtype=args[-1].dtype)
+
+
+def _decode_attention(
+    q: Tensor, keys_values: Tensor, length: Tensor, splits: int, dtype: torch.dtype
+) -> Tensor:
+    """Looks at all slots, those beyond the length masked: what they hold may be no number."""
+    _, kv_heads, capacity, size = keys_values.shape
+    seen = torch.arange(capacity, device=q.device) < length  # [C]
+    keys, values = keys_values.masked_fill(~seen[:, None], 0)  # [K, C, D]
+    grouped = q.view(1, kv_heads, -1, size)
+    out = F.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=seen[None])
+    return out.reshape(1, -1).to(dtype, copy=True)
+
+
+def _decode_attention_shape(
+    q: Tensor, keys_values: Tensor, length: Tensor, splits: int, dtype: torch.dtype
+) -> Tensor:
+    return q.new_empty(1, q.shape[1] * q.shape[2], dtype=dtype)
+
+
+def _gather_rows(address: Tensor, ids: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    """Reads where the host can read too; waits for the device, which a captured step must not."""
+    nbytes, base = hidden_size * dtype.itemsize, int(address.item())
+    out = torch.empty(ids.shape[0], hidden_size, dtype=dtype)
+    for row, token in enumerate(ids.tolist()):
+        ctypes.memmove(out.data_ptr() + row * nbytes, base + token * nbytes, nbytes)
+    return out.to(ids.device)
+
+
+def _gather_rows_shape(
+    address: Tensor, ids: Tensor, hidden_size: int, dtype: torch.dtype
+) -> Tensor:
+    return ids.new_empty(ids.shape[0], hidden_size, dtype=dtype)
+
+
+def _kernel(name: str, default: str) -> Callable[..., Tensor]:
+    from moecli.models.kernels import heads, rows
+
+    if default == "reference" and not rows.INTERPRETED:
+        raise MoecliError(
+            "Triton's kernels need a CUDA device",
+            "leave out `--kernels triton`, or set TRITON_INTERPRET=1 to test them slowly",
+        )
+    kernel: Callable[..., Tensor] = getattr(rows, name, None) or getattr(heads, name)
+    return kernel
+
+
+def _dispatcher(name: str, reference: Callable[..., Tensor], default: str) -> Callable[..., Tensor]:
+    """The op on one kind of device, where `default` is what "auto" means.
+
+    Raises MoecliError where the kernels are wanted and can run neither there nor in an interpreter.
+    """
+
+    def compute(*args: Any) -> Tensor:
+        backend = default if _backend == "auto" else _backend
+        return _kernel(name, default)(*args) if backend == "triton" else reference(*args)
+
+    return compute
+
+
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor": (_rms_norm, _rms_norm_shape),
+    "add_rms_norm(Tensor(a!) residual, Tensor delta, Tensor? weight, float eps) -> Tensor": (
+        _add_rms_norm,
+        _add_rms_norm_shape,
+    ),
+    "silu_mul(Tensor gate, Tensor up) -> Tensor": (_silu_mul, _silu_mul_shape),
+    "rotate_and_store(Tensor q, Tensor k, Tensor v, Tensor turns, Tensor? temperature, "
+    "Tensor? norm_weight, str rope, str norm, float eps, Tensor length, Tensor(a!) keys_values) "
+    "-> Tensor": (_rotate_and_store, _rotate_and_store_shape),
+    "decode_attention(Tensor q, Tensor keys_values, Tensor length, int splits, ScalarType dtype) "
+    "-> Tensor": (_decode_attention, _decode_attention_shape),
+    "gather_rows(Tensor address, Tensor ids, int hidden_size, ScalarType dtype) -> Tensor": (
+        _gather_rows,
+        _gather_rows_shape,
+    ),
+}
+_library = torch.library.Library("moecli", "FRAGMENT")
+for _schema, (_reference, _shape) in _OPS.items():
+    _name = _library.define(_schema)
+    for _key, _default in (("CPU", "reference"), ("CUDA", "triton")):
+        _library.impl(_name, _dispatcher(_name, _reference, _default), _key)
+    torch.library.register_fake(f"moecli::{_name}", _shape, lib=_library)

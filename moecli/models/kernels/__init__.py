@@ -1,0 +1,1 @@
+"""Knows the Triton kernels behind moecli.models.fused; imported only where one is launched."""

@@ -1,0 +1,118 @@
+"""Knows on what a model is to be computed, and how a device that was chosen is opened."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moecli.backends import use_kernels
+from moecli.config import SIMULATED, EngineConfig
+from moecli.dense import DenseWeight, bnb_linears
+from moecli.device import DeviceParts, DeviceSettings
+from moecli.device_tiers import DeviceTiers
+from moecli.device_weights import DeviceWeights
+from moecli.errors import MoecliError
+from moecli.graphs import captured, eager
+from moecli.measuring import with_compute
+from moecli.models.config import ModelSpec
+from moecli.processor import KV_DTYPE
+from moecli.selfcheck import FastPaths, fast_paths
+from offload.disk import DiskTier
+from offload.hardware import Machine, detect
+from offload.pinning import CudaPinner, SimulatedPinner
+from offload.plan import MemoryPlan
+from quant.bnb import parse_scheme
+from quant.layout import ExpertLayout
+from quant.tensor import QuantizedWeight
+
+Notify = Callable[[str], None]
+StoredWeights = Callable[[str], QuantizedWeight | torch.Tensor]
+GIB = 2**30
+
+
+def compute_device(config: EngineConfig) -> torch.device | None:
+    """The device that is to compute; None: the processor.
+
+    Raises MoecliError where a device is asked for and there is none.
+    """
+    if config.device == SIMULATED:
+        return torch.device("cpu")
+    if config.device == "cpu":
+        return None
+    found = torch.cuda.is_available()
+    if not found and (config.device == "cuda" or config.vram_nbytes):
+        raise MoecliError(
+            "there is no CUDA device to compute on",
+            "leave out `--device` and `--vram`; `moecli doctor` shows what was found",
+        )
+    return torch.device("cuda") if found and config.vram_nbytes != 0 else None
+
+
+def device_settings(
+    device: torch.device, config: EngineConfig, ctx: int, notify: Notify
+) -> DeviceSettings:
+    """How the device is used, from what was asked for and what works on it."""
+    if config.device == SIMULATED:
+        use_kernels(config.kernels, device)
+        return DeviceSettings(device, torch.float32, KV_DTYPE, ctx, eager, SimulatedPinner())
+    paths = fast_paths(notify)
+    slow = config.kernels == "auto" and not paths.kernels
+    kernels = "torch" if slow else config.kernels
+    use_kernels(kernels, device)
+    capture = captured if paths.graph and kernels in ("auto", "triton") else eager
+    dtype = torch.bfloat16
+    return DeviceSettings(device, dtype, dtype, ctx, capture, CudaPinner(device), paths)
+
+
+def device_machine(
+    path: Path, spec: ModelSpec, layout: ExpertLayout, config: EngineConfig
+) -> Machine:
+    """What the machine has, and how fast it is: measured once, then remembered."""
+    if config.device == SIMULATED:
+        return detect(path)
+    return with_compute(detect(path, gpu=True), layout, spec.experts_per_token)
+
+
+def within_paths(config: EngineConfig, paths: FastPaths) -> EngineConfig:
+    """The settings without what does not work on this card; what is asked for stays asked for."""
+    if not paths.fetch and config.placement == "auto":
+        config = replace(config, placement="pinned")  # slots that nothing has to be copied into
+    if not paths.doorbell and config.lane == "auto":
+        config = replace(config, lane="link")
+    return config
+
+
+def dense_weights(
+    spec: ModelSpec, weights: StoredWeights, scheme: str, device: torch.device
+) -> Callable[[str], DenseWeight]:
+    """Dense weights as they are stored, or requantized on the device by bitsandbytes."""
+    if scheme == "stored":
+        return weights
+    return bnb_linears(spec, weights, parse_scheme(scheme), device)
+
+
+def open_device(
+    spec: ModelSpec,
+    layout: ExpertLayout,
+    plan: MemoryPlan,
+    weights: Callable[[str], DenseWeight],
+    disk: DiskTier,
+    settings: DeviceSettings,
+    notify: Notify,
+) -> DeviceParts:
+    """The model on a device, as planned. `notify` hears of every way in which it is less."""
+    tiers = DeviceTiers(spec, layout, plan, disk, settings.device, settings.pinner)
+    if tiers.needs_host and not settings.paths.doorbell:
+        tiers.close()
+        raise MoecliError(
+            "some experts lie where this card cannot read them, and it cannot ask the processor",
+            "give more `--ram` or `--vram`, or compute on the processor with `--device cpu`",
+        )
+    if tiers.pinned_nbytes < tiers.arena_nbytes:
+        notify(
+            f"the system pins {tiers.pinned_nbytes / GIB:.1f} of {tiers.arena_nbytes / GIB:.1f} "
+            "GiB of memory for experts; the processor computes those in the rest"
+        )
+    dense = DeviceWeights(spec, weights, settings.device, settings.pinner, plan.embedding_on_device)
+    return DeviceParts(spec, dense, tiers, settings)

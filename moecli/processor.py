@@ -1,0 +1,70 @@
+"""Knows how a run on the processor is put together: experts in main memory, read from disk."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moecli.experts import OffloadedExperts
+from moecli.generation import TokenSource
+from moecli.kv_cache import KvCache
+from moecli.models.attention import Weights
+from moecli.models.config import ModelSpec
+from moecli.models.decoder import Decoder
+from moecli.session import Session
+from moecli.stepwise import Stepwise
+from offload.disk import DiskTier
+from offload.host import HostArena
+from offload.manager import ExpertManager
+from offload.plan import MemoryPlan
+from offload.stats import CacheStats
+from offload.trace import Trace
+from quant.layout import ExpertLayout
+
+COMPUTE_DTYPE = torch.float32
+KV_DTYPE = torch.bfloat16
+
+
+class ProcessorParts:
+    """The Parts of a run on the processor."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: ExpertLayout,
+        plan: MemoryPlan,
+        weights: Weights,
+        disk: DiskTier,
+        new_cache: Callable[[], KvCache],
+        keep: bool = True,
+        trace: Trace | None = None,
+    ) -> None:
+        """Owns `disk` from here on. keep=False: every expert is read when it is asked for."""
+        assert plan.device_slots == 0, "a plan for a device"
+        arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
+        self.manager = ExpertManager(disk, arena, keep=keep, trace=trace)
+        experts = OffloadedExperts(self.manager, layout, spec)
+        guesses = spec.experts_per_token if experts.reads_ahead else 0
+        self.decoder = Decoder(spec, weights, experts, COMPUTE_DTYPE, guesses=guesses)
+        self.tokens: TokenSource = Stepwise(self.decoder, self.begin_step)
+        self._new_cache = new_cache
+
+    @property
+    def stats(self) -> CacheStats:
+        return self.manager.stats
+
+    def begin_step(self) -> None:
+        self.manager.begin_step()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        yield
+
+    def new_session(self) -> Session:
+        return Session(self._new_cache())
+
+    def check_integrity(self, deep: bool = False) -> None:
+        self.manager.check_integrity(deep)
+
+    def close(self) -> None:
+        self.manager.close()

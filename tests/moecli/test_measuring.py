@@ -1,0 +1,45 @@
+"""The CPU lane's bandwidth is measured on experts of the very kind that a step computes."""
+
+import pytest
+import torch
+
+from moecli import measuring
+from moecli.measuring import expert_compute
+from quant import ops
+from quant.layout import ExpertLayout
+from quant.scheme import QuantScheme
+
+LAYOUT = ExpertLayout(64, 96, QuantScheme(4, 32))
+
+
+@pytest.mark.parametrize(("spread", "top_k", "count"), [(0, 1, 1), (5.5, 2, 6), (99, 3, 63)])
+def test_every_expert_is_computed_once_and_counted(
+    monkeypatch: pytest.MonkeyPatch, spread: float, top_k: int, count: int
+) -> None:
+    monkeypatch.setattr(measuring, "_SPREAD_NBYTES", int(spread * LAYOUT.nbytes))
+    asked: list[int] = []
+    results: list[torch.Tensor] = []
+    real = ops.routed_experts
+
+    def spy(hidden: torch.Tensor, ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        assert (hidden.shape[0], ids.shape) == (1, (1, top_k))
+        asked.extend(ids.flatten().tolist())
+        results.append(real(hidden, ids, *rest))
+        return results[-1]
+
+    monkeypatch.setattr(ops, "routed_experts", spy)
+    host = expert_compute(LAYOUT, top_k)
+    assert host.compute() == count * LAYOUT.nbytes
+    assert asked == list(range(count))
+    assert all(bool(torch.isfinite(result).all()) and result.any() for result in results)
+
+
+def test_kinds_of_experts_have_names_of_their_own() -> None:
+    other = (
+        expert_compute(ExpertLayout(64, 96, QuantScheme(8, 32)), 1),
+        expert_compute(ExpertLayout(64, 128, QuantScheme(4, 32)), 1),
+        expert_compute(LAYOUT, 2),
+    )
+    names = {expert_compute(LAYOUT, 1).name, *(host.name for host in other)}
+    assert len(names) == 4
+    assert expert_compute(LAYOUT, 1).name in names

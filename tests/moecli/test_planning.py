@@ -1,0 +1,65 @@
+"""From settings to the plan: when it is one for a card, and what else is proposed."""
+
+from dataclasses import replace
+
+import pytest
+
+from moecli.config import EngineConfig
+from moecli.footprint import model_footprint
+from moecli.models.config import ModelSpec
+from moecli.planning import plan_model
+from offload.errors import OffloadError
+from offload.hardware import Machine
+from quant.scheme import QuantScheme
+from tests.e2e.tiny import llama4_config
+
+MIB = 1 << 20
+SPEC = ModelSpec.from_hf(llama4_config() | {"vocab_size": 65_536})  # dense weights matter
+SCHEMES = QuantScheme(4, 32), None
+RAM = Machine(ram_available=100 * MIB)
+CARD = replace(
+    *(RAM,),
+    **{"gpu_name": "RTX", "vram_total": 1 << 30, "vram_free": 1 << 30, "context_nbytes": 0},
+)
+
+
+def test_a_card_is_planned_for_where_there_is_one_and_the_settings_allow_it() -> None:
+    assert plan_model(SPEC, SCHEMES, 64, EngineConfig(), CARD).on_device
+    assert not plan_model(SPEC, SCHEMES, 64, EngineConfig(device="cpu"), CARD).on_device
+    assert not plan_model(SPEC, SCHEMES, 64, EngineConfig(), RAM).on_device
+    granted = plan_model(SPEC, SCHEMES, 64, EngineConfig(vram_nbytes=1 << 30), RAM)
+    assert granted.vram_budget == 1 << 30
+
+
+def test_wishes_arrive() -> None:
+    config = EngineConfig(placement="pinned", lane="cpu", vram_nbytes=_needed())
+    plan = plan_model(SPEC, SCHEMES, 64, config, CARD)
+    assert (plan.placement, plan.lanes) == ("pinned", ("host",))
+    nf4 = plan_model(SPEC, SCHEMES, 64, replace(config, dense_scheme="nf4"), CARD)
+    assert nf4.dense_nbytes < plan.dense_nbytes
+
+
+def _needed() -> int:
+    """VRAM without room for all experts."""
+    plan = plan_model(SPEC, SCHEMES, 64, EngineConfig(), CARD)
+    return plan.vram_nbytes - plan.embedding_nbytes - 2 * plan.slot_nbytes
+
+
+def test_a_smaller_scheme_is_proposed_for_a_card_only() -> None:
+    least = plan_model(SPEC, SCHEMES, 64, EngineConfig(), CARD).dense_nbytes
+    with pytest.raises(OffloadError) as caught:
+        plan_model(SPEC, SCHEMES, 64, EngineConfig(vram_nbytes=least), CARD)
+    assert (caught.value.hint or "").startswith("`--dense-scheme nf4` fits; or ")
+    config = EngineConfig(vram_nbytes=least, dense_scheme="nf4")
+    assert plan_model(SPEC, SCHEMES, 64, config, CARD).on_device
+    with pytest.raises(OffloadError) as caught:  # nothing helps
+        plan_model(SPEC, SCHEMES, 64, EngineConfig(vram_nbytes=1), CARD)
+    assert "nf4" not in (caught.value.hint or "")
+    with pytest.raises(OffloadError) as caught:  # it is what did not fit
+        plan_model(SPEC, SCHEMES, 64, replace(config, vram_nbytes=1), CARD)
+    assert "nf4" not in (caught.value.hint or "")
+    sizes = model_footprint(SPEC, *SCHEMES, 64, EngineConfig.prefill_chunk)
+    short = sizes.fixed_nbytes + sizes.experts_per_token * sizes.slot_nbytes - 1
+    with pytest.raises(OffloadError, match="of RAM are too little") as caught:
+        plan_model(SPEC, SCHEMES, 64, EngineConfig(device="cpu", ram_nbytes=short), CARD)
+    assert "nf4" not in (caught.value.hint or "")
