@@ -70,6 +70,7 @@ class DeviceParts:
             experts,
             settings.dtype,
             guesses=spec.experts_per_token if tiers.plan.staging_slots else 0,
+            guess_tokens=range(DECODE_TOKENS + 1, settings.ctx + 1),  # what is streamed
             device=settings.device,
             embedding_address=weights.embedding_address,
         )

@@ -22,7 +22,9 @@ from quant.ops import linear
 __all__ = ["Batch", "Decoder", "SequenceSlice"]
 
 
-GUESS_TOKENS = 8  # more tokens at once than this choose most experts anyway
+# For how many tokens at once guesses are made: more than these choose most experts anyway, which is
+# no reason not to guess where the copies themselves take long.
+GUESS_TOKENS = range(1, 9)
 
 
 class Lookahead:
@@ -32,13 +34,14 @@ class Lookahead:
     three of four are right, with two nine of ten.
     """
 
-    def __init__(self, following: "DecoderLayer", guesses: int) -> None:
+    def __init__(self, following: "DecoderLayer", guesses: int, tokens: range) -> None:
         self.following = following
         self.guesses = guesses
+        self.tokens = tokens
 
     def __call__(self, hidden: Tensor) -> None:
         """hidden [T, H]; tells the provider of experts."""
-        if hidden.shape[0] > GUESS_TOKENS:
+        if hidden.shape[0] not in self.tokens:
             return
         layer, block = self.following, self.following.mlp
         assert isinstance(block, MoeBlock), "a guess about a layer without experts"
@@ -117,6 +120,7 @@ class Decoder:
         experts: ExpertProvider,
         dtype: torch.dtype = torch.float32,
         guesses: int = 0,
+        guess_tokens: range = GUESS_TOKENS,
         device: torch.device | str = "cpu",
         embedding_address: int = 0,
     ) -> None:
@@ -126,6 +130,7 @@ class Decoder:
         where the device can read it there, `embedding_address` says where it sees it. Only then, or
         on the device, can the embedding be part of a captured step.
         `guesses`: how many experts a token are prefetched for each next layer; 0: none.
+        `guess_tokens`: for how many tokens at once.
         """
         self.spec = spec
         self.dtype = dtype
@@ -142,7 +147,8 @@ class Decoder:
         if guesses:
             for layer, following in pairwise(self.layers):
                 if isinstance(following.mlp, MoeBlock):
-                    layer.lookahead = Lookahead(following, min(guesses, spec.num_experts))
+                    count = min(guesses, spec.num_experts)
+                    layer.lookahead = Lookahead(following, count, guess_tokens)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

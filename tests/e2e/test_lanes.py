@@ -3,7 +3,7 @@
 The device is simulated: main memory instead of VRAM, the same tables, lanes and decode loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from moecli.engine import Engine
 from moecli.events import Finished, GenerationStats
 from moecli.footprint import model_footprint
 from moecli.models.config import ModelSpec
+from offload.manager import ExpertManager
 from offload.pinning import SimulatedPinner
 from offload.plan import CONTEXT_ASSUMED, ModelFootprint
 from quant.checkpoint import QuantizedCheckpoint
@@ -132,6 +133,32 @@ def test_the_same_on_the_embedded_model(
 ) -> None:
     share = little_for(placement)
     assert on_device(quantized_demo, share, placement, lane, SHORT).tokens == demo_expected.tokens
+
+
+def test_a_prompt_s_experts_are_copied_ahead(
+    quantized_wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a layer computes, what the next one will probably choose is sent for; one token's not.
+
+    Whether a copy then comes in time is the machine's affair.
+    """
+    guessed: list[tuple[int, bool]] = []
+    prefetch = ExpertManager.prefetch
+
+    def noted(
+        self: ExpertManager, layer: int, experts: Sequence[int], to_device: bool = False
+    ) -> None:
+        guessed.append((layer, to_device))
+        prefetch(self, layer, experts, to_device)
+
+    monkeypatch.setattr(ExpertManager, "prefetch", noted)
+    found = on_device(quantized_wide, 0.6, "pinned", "link", SHORT)
+    chunks = -(-found.stats.prompt_tokens // CHUNK)
+    long_ones = found.stats.prompt_tokens // CHUNK
+    assert guessed
+    assert {layer for layer, _ in guessed} == set(range(1, tiny.LAYERS))
+    assert all(to_device for _, to_device in guessed)
+    assert long_ones <= len(guessed) / (tiny.LAYERS - 1) <= chunks
 
 
 def test_the_same_with_all_experts_in_vram(model: Path, expected: Answer) -> None:
