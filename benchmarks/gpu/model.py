@@ -203,6 +203,7 @@ class Run:
     def _follow_trace(self) -> None:
         decoder, index = self.parts.decoder, 0
         for layer in decoder.layers:
+            layer.lookahead = None  # it would ask routers whose choices count for nothing here
             if isinstance(layer.mlp, MoeBlock):
                 router = TraceRouter(layer.mlp.router, self.trace, self.clock, index)
                 layer.mlp.router = router  # type: ignore[assignment]
