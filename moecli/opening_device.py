@@ -115,4 +115,8 @@ def open_device(
             "GiB of memory for experts; the processor computes those in the rest"
         )
     dense = DeviceWeights(spec, weights, settings.device, settings.pinner, plan.embedding_on_device)
+    in_vram = plan.embedding_on_device or spec.tie_word_embeddings
+    if not in_vram and not dense.embedding_address and settings.capture is not eager:
+        notify("the system does not pin the input embedding: each step is launched by the host")
+        settings = replace(settings, capture=eager)
     return DeviceParts(spec, dense, tiers, settings)
