@@ -6,6 +6,7 @@ from typing import Any
 
 from moecli.errors import MoecliError
 from moecli.models.config import ModelSpec
+from moecli.models.hf_config import BITSANDBYTES, source_scheme
 from moecli.models.naming import plan_conversion
 from quant.bnb_source import open_source
 from quant.convert import (
@@ -17,7 +18,6 @@ from quant.convert import (
 )
 from quant.scheme import QuantScheme
 
-_BITSANDBYTES = "bitsandbytes"
 # What a checkpoint needs besides config.json and weights, where the source has it.
 _COMPANIONS = (
     "generation_config.json",
@@ -55,7 +55,7 @@ def quantize_model(
     """
     checkpoint = open_source(source)
     scheme_there = source_scheme(checkpoint.config)
-    if scheme_there is not None and not scheme_there.startswith(_BITSANDBYTES):
+    if scheme_there is not None and not scheme_there.startswith(BITSANDBYTES):
         raise MoecliError(
             f"`{source}` is quantized already ({scheme_there})",
             "start from the 16-bit checkpoint, or from one quantized with bitsandbytes",
@@ -76,27 +76,6 @@ def quantize_model(
         extra_files=tuple(name for name in _COMPANIONS if (source / name).is_file()),
     )
     return convert(job, progress)
-
-
-def source_scheme(config: Mapping[str, Any]) -> str | None:
-    """How a checkpoint with this config.json is quantized, for people; None where it is not."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict):
-        return "unknown"
-    in_8_bits, in_4_bits = (
-        quantization.get(f"load_in_{bits}bit") or quantization.get(f"_load_in_{bits}bit")
-        for bits in (8, 4)
-    )
-    default = _BITSANDBYTES if in_8_bits or in_4_bits else "unknown"
-    method = str(quantization.get("quant_method", default))
-    if method != _BITSANDBYTES:
-        return method
-    if in_8_bits:
-        return f"{_BITSANDBYTES} llm-int8"
-    doubly = ", double quantization" if quantization.get("bnb_4bit_use_double_quant") else ""
-    return f"{_BITSANDBYTES} {quantization.get('bnb_4bit_quant_type', 'fp4')}{doubly}"
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class QuantScheme:
             raise QuantError(
                 f"`{name}` of shape [{out_features}, {in_features}] does not divide into groups "
                 f"of {self.group_size}",
-                "use smaller groups: `--group-size 32` for experts, `--dense-scheme int8-g32` for "
+                "use smaller groups: `--group-size 32` for experts, `--dense int8-g32` for "
                 "the rest",
             )
 

@@ -20,7 +20,7 @@ small; Ctrl-C keeps what is finished, and the same command goes on from there.""
 EXAMPLES = """
 moecli quantize demo
 moecli quantize ~/models/Llama-4-Scout-17B-16E-Instruct -q int4 -o scout-int4
-moecli quantize ./Qwen3-30B-A3B -q int8 --group-size 64 --dense-scheme none
+moecli quantize ./Qwen3-30B-A3B -q int8 --group-size 64 --dense none
 """
 
 
@@ -41,7 +41,7 @@ def quantize(
     dense_name: Annotated[
         str,
         options.option(
-            "--dense-scheme",
+            "--dense",
             metavar="NAME",
             help="Of attention, shared experts and head: int8, int4 or none (16 bits).",
         ),

@@ -35,6 +35,7 @@ class ModelSummary:
     shared_expert: bool
     max_context: int
     scheme: str | None
+    quantized_here: bool  # by moecli: it can be run
     dense_scheme: str | None
     nbytes: int
 
@@ -42,8 +43,10 @@ class ModelSummary:
 def summarize(path: Path) -> ModelSummary:
     """Raises MoecliError for whatever is no MoE model that moecli knows."""
     from moecli.models.config import ModelSpec
+    from moecli.models.hf_config import source_scheme
 
-    spec = ModelSpec.from_hf(store.config(path))
+    config = store.config(path)
+    spec = ModelSpec.from_hf(config)
     manifest = store.manifest(path) if store.is_model(path) else {}
     return ModelSummary(
         name=path.resolve().name,
@@ -57,7 +60,8 @@ def summarize(path: Path) -> ModelSummary:
         experts_per_token=spec.experts_per_token,
         shared_expert=spec.shared_intermediate_size > 0,
         max_context=spec.max_context,
-        scheme=manifest.get("scheme"),
+        scheme=manifest["scheme"] if manifest else source_scheme(config),
+        quantized_here=bool(manifest),
         dense_scheme=manifest.get("dense_scheme"),
         nbytes=store.disk_nbytes(path),
     )
@@ -88,6 +92,8 @@ def _pairs(summary: ModelSummary) -> list[tuple[str, str, str]]:
     shared = " and a shared one" if summary.shared_expert else ""
     if summary.scheme is None:
         schemes = "none: as trained"
+    elif not summary.quantized_here:
+        schemes = f"{summary.scheme}, not by moecli"
     else:
         schemes = f"{summary.scheme} in experts, {summary.dense_scheme or '16 bits'} elsewhere"
     params, active = summary.num_params, summary.num_active_params

@@ -16,6 +16,7 @@ from moecli.models.config import (
 
 _SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like) and qwen3_moe"
 _CONFIG_HINT = "download config.json again, or compare it with the one the model was released with"
+BITSANDBYTES = "bitsandbytes"
 _MISSING: Any = object()
 
 
@@ -293,3 +294,24 @@ _BY_MODEL_TYPE = {
     "llama4_text": "Llama4ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+
+
+def source_scheme(config: Mapping[str, Any]) -> str | None:
+    """How a checkpoint with this config.json is quantized, for people; None where it is not."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        return "unknown"
+    in_8_bits, in_4_bits = (
+        quantization.get(f"load_in_{bits}bit") or quantization.get(f"_load_in_{bits}bit")
+        for bits in (8, 4)
+    )
+    default = BITSANDBYTES if in_8_bits or in_4_bits else "unknown"
+    method = str(quantization.get("quant_method", default))
+    if method != BITSANDBYTES:
+        return method
+    if in_8_bits:
+        return f"{BITSANDBYTES} llm-int8"
+    doubly = ", double quantization" if quantization.get("bnb_4bit_use_double_quant") else ""
+    return f"{BITSANDBYTES} {quantization.get('bnb_4bit_quant_type', 'fp4')}{doubly}"

@@ -75,6 +75,21 @@ def test_options_have_an_environment_name_and_no_contested_letter() -> None:
             assert param.help, (name, long)
 
 
+def test_an_environment_name_means_the_same_to_every_command() -> None:
+    """MOECLI_X set for one command must not be an error, or something else, to another."""
+    from typer.main import get_command
+
+    from moecli.cli import app
+
+    alike = {"MOECLI_SCHEME"}  # the same names, told in two ways
+    meant: dict[str, set[tuple[str | None, bool]]] = {}
+    for command in get_command(app).commands.values():  # type: ignore[attr-defined]
+        for param in command.params:
+            if param.param_type_name == "option" and param.envvar not in alike:
+                meant.setdefault(param.envvar, set()).add((param.help, param.is_flag))
+    assert not {name: told for name, told in meant.items() if len(told) > 1}
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -84,6 +84,16 @@ def test_show_of_an_unquantized_checkpoint(real_cli, scout) -> None:
     )
 
 
+def test_show_of_a_checkpoint_that_bitsandbytes_has_quantized(real_cli, scout) -> None:
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantization["bnb_4bit_quant_type"] = "nf4"
+    config = {**SCOUT, "quantization_config": quantization}
+    (scout / "config.json").write_text(json.dumps(config))
+    shown = dict(line.split("\t") for line in real_cli("show", scout).out.splitlines())
+    assert shown["scheme"] == "bitsandbytes nf4, not by moecli"
+    assert not json.loads(real_cli("show", scout, "--json").out)["quantized_here"]
+
+
 def test_show_json_of_a_model_of_the_store(real_cli, models) -> None:
     path = write_model(models / "scout-int4-g32")
     (path / "config.json").write_text(json.dumps(SCOUT))

@@ -45,8 +45,8 @@ def test_quantize_into_the_store(cli, source, home) -> None:
     [
         (("-q", "int8"), "Llama-int8-g128", "int8-g128"),
         (("-q", "int8", "--group-size", "64"), "Llama-int8-g64", "int8-g128"),
-        (("-q", "int4-g128", "--dense-scheme", "none"), "Llama-int4-g128", None),
-        (("--dense-scheme", "int4"), "Llama-int4-g32", "int4-g32"),
+        (("-q", "int4-g128", "--dense", "none"), "Llama-int4-g128", None),
+        (("--dense", "int4"), "Llama-int4-g32", "int4-g32"),
     ],
 )
 def test_schemes(cli, source, models, flags, name, dense) -> None:
@@ -91,7 +91,7 @@ def test_quantize_does_not_overwrite(cli, source) -> None:
     [
         (("-q", "int5"), "`int5`"),
         (("--group-size", "48"), "48"),
-        (("--dense-scheme", "fp8"), "`fp8`"),
+        (("--dense", "fp8"), "`fp8`"),
         (("-q", "int4-g32", "--group-size", "64"), "contradict"),
     ],
 )

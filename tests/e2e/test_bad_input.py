@@ -28,7 +28,7 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 
 def quantize(moecli: Command, source: Path, out: Path) -> Outcome:
-    return moecli("quantize", source, "-o", out, "--dense-scheme", "int8-g32")
+    return moecli("quantize", source, "-o", out, "--dense", "int8-g32")
 
 
 def damage_header(source: Path, change: Callable[[dict], object]) -> None:

@@ -11,12 +11,13 @@ import torch
 from tiny_models import decoder_of, oracle, spec_of, tokens
 from torch import Tensor
 
-from moecli.conversion import quantize_model, source_scheme
+from moecli.conversion import quantize_model
 from moecli.dense import bnb_dense_nbytes, bnb_linears
 from moecli.errors import MoecliError
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch
 from moecli.models.decoder import Decoder
+from moecli.models.hf_config import source_scheme
 from moecli.models.moe import FloatExperts
 from moecli.models.naming import dense_loader
 from quant.bnb import BnbWeight, load
