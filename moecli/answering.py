@@ -18,7 +18,7 @@ def stream_answer(
     """
     finished: Finished | None = None
     last = ""
-    with Interrupt() as interrupt, ui.prefill_status() as status:
+    with Interrupt() as interrupt, ui.counting_line("reading the prompt", "tokens") as status:
         for event in generate(interrupt):
             match event:
                 case PrefillProgress():

@@ -63,7 +63,8 @@ class DeviceParts:
         if self.lane is not None:
             host = HostPart(self.lane, math, readable=self._host_may_point)
         self.stream = StreamedExperts(tiers.manager, math, spec, tiers.residents)
-        experts = DeviceExperts(spec, _decode_lanes(tiers, math, host), self.stream)
+        self._lanes = _decode_lanes(tiers, math, host)
+        experts = DeviceExperts(spec, self._lanes, self.stream)
         self.decoder = Decoder(
             spec,
             weights,
@@ -116,15 +117,35 @@ class DeviceParts:
         stats = replace(stats, hits=stats.hits + self.stream.resident_hits)
         cache = self.tiers.cache
         if cache is None:
-            return stats
-        counts = sum(cache.counters()[1:], cache.counters()[0])
+            return self._with_slices(stats)
+        layers = cache.counters()
+        counts = sum(layers[1:], layers[0])
         moved = (counts.fetched + counts.linked) * self.tiers.layout.nbytes
         return replace(
             stats,
             hits=stats.hits + counts.hits,
             misses=stats.misses + counts.requests - counts.hits,
             device_nbytes=stats.device_nbytes + moved,
+            fetched=counts.fetched,
+            linked=counts.linked,
+            hosted=counts.host,
         )
+
+    def _with_slices(self, stats: CacheStats) -> CacheStats:
+        """The same where a part of every expert is in VRAM, and the lanes do the rest."""
+        assert isinstance(self._lanes, SlicedExperts), "neither slots nor slices"
+        spec = self._spec
+        requests = self._lanes.num_tokens * len(spec.moe_layers) * spec.experts_per_token
+        link_share = self.tiers.plan.link_size / self.tiers.layout.intermediate_size
+        moved = round(requests * link_share * self.tiers.layout.nbytes)
+        return replace(stats, sliced=requests, device_nbytes=stats.device_nbytes + moved)
+
+    @property
+    def peak_vram_nbytes(self) -> int | None:
+        device = self._settings.device
+        if device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_reserved(device) + self.tiers.plan.context_nbytes
 
     def begin_step(self) -> None:
         self.tiers.manager.begin_step()

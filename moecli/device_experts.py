@@ -141,9 +141,17 @@ class SlicedExperts:
         asked = (whole == 0) | (link_end < inner)
         self._asked = asked.int()  # int32 [L, E]: 1 where the host has rows to compute
         assert host is not None or not bool(asked.any()), "rows that no lane computes"
+        self._num_tokens = torch.zeros(1, dtype=torch.int64, device=whole.device)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many have passed through all layers here. Waits for the device."""
+        return int(self._num_tokens)
 
     def begin(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Computed:
         finish: Finish = _nothing_left
+        if index == 0:
+            self._num_tokens.add_(hidden.shape[0])
         if self._host is not None:
             chosen = torch.zeros_like(self._asked[index])  # int32 [E]
             chosen.index_fill_(0, ids.flatten(), 1)

@@ -49,6 +49,7 @@ class DeviceTiers:
         there are too few, the others follow, one of each layer in turn."""
         self.spec, self.layout, self.plan, self.device = spec, layout, plan, device
         self._progress = progress
+        self._done = self._to_do = 0  # experts brought to their places
         self._index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
         arena.pin(pinner)
@@ -123,6 +124,7 @@ class DeviceTiers:
         plan, keys = self.plan, self._all_keys()
         if plan.placement == "slice":
             self.settled = plan.host_slots >= len(keys)
+            self._to_do = len(keys)
             self._cut_slices(keys)
             self.slices = self._slice_table(keys)
             self.whole = self._whole()
@@ -149,20 +151,18 @@ class DeviceTiers:
             MAX_CHOICES,
         )
         everything = first or (others if plan.device_slots >= plan.total_experts else [])
-        self._load(cache, everything)
         rest = others if everything is not others else []
         self.settled = plan.host_slots >= len(rest)
+        warm = [] if everything else _in_turn(rest)[: plan.device_slots]
+        self._to_do = len(everything) + len(warm) + (len(rest) if self.settled else 0)
+        self._load(cache, everything)
         if self.settled:
             for _ in self._pass(rest):
                 pass
         self.whole = self._whole()
         cache.host_addresses.copy_(self.whole)
-        if not everything:
-            self._warm(cache, rest)
-
-    def _warm(self, cache: DeviceCache, keys: list[ExpertKey]) -> None:
-        """Slots that change by use begin with some experts of every layer rather than empty."""
-        self._load(cache, _in_turn(keys)[: self.plan.device_slots])
+        # Slots that change by use begin with some experts of every layer rather than empty.
+        self._load(cache, warm)
 
     def _load(self, cache: DeviceCache, keys: list[ExpertKey]) -> None:
         """Bring these to slots, one after the other."""
@@ -185,13 +185,12 @@ class DeviceTiers:
 
     def _pass(self, keys: list[ExpertKey]) -> Iterator[tuple[ExpertKey, int]]:
         """Each expert and where it lies in main memory, valid until the next; in this order."""
-        done = 0
         for layer, experts in _runs(keys, min(_AT_ONCE, self.plan.host_slots)):
             with self.manager.lease_host(layer, experts) as lease:
                 for expert in experts:
                     yield (layer, expert), lease.addresses[expert]
-            done += len(experts)
-            self._progress(done, len(keys))
+            self._done += len(experts)
+            self._progress(self._done, self._to_do)
 
     def _bytes(self, address: int) -> memoryview:
         return memory_at(address, self.layout.nbytes, _HOST).numpy().data

@@ -9,6 +9,7 @@ import torch
 
 from moecli.backends import use_kernels
 from moecli.config import EngineConfig, SamplingConfig
+from moecli.device_tiers import Progress
 from moecli.errors import MoecliError
 from moecli.events import Event
 from moecli.footprint import expert_layout
@@ -46,6 +47,10 @@ def _say_nothing(message: str) -> None:
     pass
 
 
+def _count_nothing(done: int, total: int) -> None:
+    pass
+
+
 class Engine:
     """A quantized model ready to generate. Use it as a context manager, or close() it."""
 
@@ -55,6 +60,7 @@ class Engine:
         config: EngineConfig,
         notify: Notify = _say_nothing,
         trace: Trace | None = None,
+        progress: Progress = _count_nothing,
     ) -> None:
         self.path = checkpoint.path
         self.spec = ModelSpec.from_hf(dict(checkpoint.config))
@@ -90,12 +96,14 @@ class Engine:
                 _disk(checkpoint, self.spec, self.plan),
                 settings,
                 notify,
+                progress,
             )
         self._runtime = Runtime(
             self.decoder,
             self.tokenizer,
             self._parts.tokens,
             self.expert_stats,
+            lambda: self._parts.peak_vram_nbytes,
             self._parts.begin_step,
             self.ctx,
             config.prefill_chunk,
@@ -112,17 +120,19 @@ class Engine:
         config: EngineConfig,
         notify: Notify = _say_nothing,
         trace: Trace | None = None,
+        progress: Progress = _count_nothing,
     ) -> "Engine":
         """Open what `moecli quantize` wrote.
 
         `notify` gets a message about every way in which the run is less than what was asked for;
-        `trace`, when given, records what the routers ask for. Raises MoecliError, QuantError or
-        OffloadError: no quantized model, a context too long, a budget too small.
+        `trace`, when given, records what the routers ask for; `progress` hears how many experts of
+        how many are in their places, where they are put there at once. Raises MoecliError,
+        QuantError or OffloadError: no quantized model, a context too long, a budget too small.
         """
         cores = config.threads or detect().physical_cores
         if cores is not None:
             torch.set_num_threads(cores)
-        engine = cls(QuantizedCheckpoint.open(path), config, notify, trace)
+        engine = cls(QuantizedCheckpoint.open(path), config, notify, trace, progress)
         if engine.plan.ram_short:
             notify(
                 f"the plan takes {engine.plan.ram_short >> 20} MiB more than this machine has "

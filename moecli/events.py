@@ -35,6 +35,13 @@ class GenerationStats:
     expert_misses: int
     expert_nbytes_read: int  # bytes of experts brought from disk
     peak_rss_nbytes: int
+    # On a graphics card; a fetched expert came into a slot, a linked one was read where it lies.
+    experts_fetched: int = 0
+    experts_linked: int = 0
+    experts_hosted: int = 0  # computed by the processor
+    experts_sliced: int = 0  # requests of which a part is always in VRAM: no hits, no misses
+    link_nbytes: int = 0  # of experts that went over the link, prompt included
+    peak_vram_nbytes: int | None = None
 
     @property
     def hit_rate(self) -> float | None:

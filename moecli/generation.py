@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Runtime:
     tokenizer: Tokenizer
     tokens: TokenSource
     stats: Callable[[], CacheStats]
+    peak_vram: Callable[[], int | None]  # bytes
     begin_step: Callable[[], None]  # called before a chunk of the prompt
     ctx: int
     prefill_chunk: int
@@ -82,6 +83,7 @@ def generate(
     if delta := answer.end():
         yield TextDelta(delta)
     stats = meter.stats(len(token_ids), cached, computed, answer.num_tokens)
+    stats = replace(stats, peak_vram_nbytes=runtime.peak_vram())
     yield Finished(reason, answer.text, stats)
 
 
@@ -171,4 +173,9 @@ class _Meter:
             expert_misses=cache.misses,
             expert_nbytes_read=cache.disk_nbytes,
             peak_rss_nbytes=peak_rss_nbytes(),
+            experts_fetched=cache.fetched,
+            experts_linked=cache.linked,
+            experts_hosted=cache.hosted,
+            experts_sliced=cache.sliced,
+            link_nbytes=cache.device_nbytes,
         )

@@ -10,7 +10,7 @@ from moecli.backends import use_kernels
 from moecli.config import SIMULATED, EngineConfig
 from moecli.dense import DenseWeight, bnb_linears
 from moecli.device import DeviceParts, DeviceSettings
-from moecli.device_tiers import DeviceTiers
+from moecli.device_tiers import DeviceTiers, Progress
 from moecli.device_weights import DeviceWeights
 from moecli.errors import MoecliError
 from moecli.graphs import captured, eager
@@ -100,9 +100,11 @@ def open_device(
     disk: DiskTier,
     settings: DeviceSettings,
     notify: Notify,
+    progress: Progress = lambda done, total: None,
 ) -> DeviceParts:
     """The model on a device, as planned. `notify` hears of every way in which it is less."""
-    tiers = DeviceTiers(spec, layout, plan, disk, settings.device, settings.pinner)
+    device, pinner = settings.device, settings.pinner
+    tiers = DeviceTiers(spec, layout, plan, disk, device, pinner, progress=progress)
     if tiers.needs_host and not settings.paths.doorbell:
         tiers.close()
         raise MoecliError(

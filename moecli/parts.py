@@ -23,6 +23,11 @@ class Parts(Protocol):
         """What the experts cost since the model was opened."""
         ...
 
+    @property
+    def peak_vram_nbytes(self) -> int | None:
+        """The most VRAM that this process has taken so far; None where it takes none."""
+        ...
+
     def begin_step(self) -> None:
         """The next chunk of a prompt begins."""
         ...

@@ -53,6 +53,10 @@ class ProcessorParts:
     def stats(self) -> CacheStats:
         return self.manager.stats
 
+    @property
+    def peak_vram_nbytes(self) -> None:
+        return None
+
     def begin_step(self) -> None:
         self.manager.begin_step()
 

@@ -13,7 +13,7 @@ from moecli.errors import MoecliError
 from moecli.settings import parse_float, parse_int
 from moecli.talk import Talk
 from moecli.terminal import say
-from moecli.units import format_nbytes, parse_count
+from moecli.units import parse_count
 
 
 class Leave(Exception):
@@ -152,8 +152,8 @@ def _stats(talk: Talk, argument: str) -> None:
 def _show(talk: Talk, argument: str) -> None:
     plan = talk.engine.plan
     say(f"model    {talk.engine.path}")
-    say(f"experts  {plan.host_slots} of {plan.total_experts} have a place in RAM")
-    say(f"memory   {format_nbytes(plan.ram_nbytes)} of {format_nbytes(plan.ram_budget)}")
+    say(f"experts  {ui.places(plan)}")
+    say(f"memory   {ui.memory(plan)}")
     settings = {name: value for name, value in asdict(talk.sampling).items() if value is not None}
     say(f"sampling {', '.join(f'{name} {value}' for name, value in settings.items())}")
 

@@ -76,17 +76,18 @@ def show_checks(checks: Sequence[tuple[str, str, str, str | None]]) -> None:
 # Generation
 
 
-class PrefillStatus:
-    """One line on a terminal while a long prompt is read; gone when the answer begins."""
+class CountingLine:
+    """`doing: 3 of 8 things`, on a terminal, while it is done; gone when all are."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str, things: str) -> None:
+        self._doing, self._things = doing, things
         self._shown = 0
 
     def update(self, done: int, total: int) -> None:
         if done >= total:
             self.stop()
         elif is_terminal(sys.stderr):
-            self._replace(f"reading the prompt: {done} of {total} tokens")
+            self._replace(f"{self._doing}: {done} of {total} {self._things}")
 
     def stop(self) -> None:
         if self._shown:
@@ -99,12 +100,12 @@ class PrefillStatus:
 
 
 @contextmanager
-def prefill_status() -> Iterator[PrefillStatus]:
-    status = PrefillStatus()
+def counting_line(doing: str, things: str) -> Iterator[CountingLine]:
+    line = CountingLine(doing, things)
     try:
-        yield status
+        yield line
     finally:
-        status.stop()
+        line.stop()
 
 
 def stats_line(stats: GenerationStats) -> str:
@@ -115,8 +116,14 @@ def stats_line(stats: GenerationStats) -> str:
     parts.append(f"first after {format_seconds(stats.ttft_s)}")
     if stats.hit_rate is not None:
         parts.append(f"expert hits {stats.hit_rate:.1%}")
-    parts.append(f"peak memory {format_nbytes(stats.peak_rss_nbytes)}")
+    parts.append(_peaks(stats, "peak memory "))
     return ", ".join(parts)
+
+
+def _peaks(stats: GenerationStats, label: str) -> str:
+    ram = f"{label}{format_nbytes(stats.peak_rss_nbytes)}"
+    vram = stats.peak_vram_nbytes
+    return ram if vram is None else f"{ram} and {format_nbytes(vram)} of VRAM"
 
 
 def show_stats_line(stats: GenerationStats) -> None:
@@ -130,9 +137,11 @@ def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
         f"prompt   {stats.prompt_tokens} tokens{cached}, {stats.prefill_tok_s:.1f} tok/s, "
         f"first token after {format_seconds(stats.ttft_s)}",
         f"answer   {stats.generated_tokens} tokens, {stats.decode_tok_s:.1f} tok/s{_said(plan)}",
-        f"experts  {_hits(stats)}; {places(plan)}",
-        f"memory   peak {format_nbytes(stats.peak_rss_nbytes)}; the plan takes {memory(plan)}",
+        f"experts  {_hits(stats, plan)}; {places(plan)}",
+        f"memory   {_peaks(stats, 'peak ')}; the plan takes {memory(plan)}",
     ]
+    if served := _served(stats):
+        lines.insert(3, f"lanes    {served}")
     for line in lines:
         say(dim(line, sys.stderr))
 
@@ -143,11 +152,29 @@ def _said(plan: "MemoryPlan") -> str:
     return f" ({plan.bottleneck} bandwidth allows {plan.predicted_tok_s:.1f})"
 
 
-def _hits(stats: GenerationStats) -> str:
+def _hits(stats: GenerationStats, plan: "MemoryPlan") -> str:
+    """Of what was asked for, what was there; the plan counts on the share that has a place."""
+    sliced = f"{stats.experts_sliced} asked for by slices"
     if stats.hit_rate is None:
-        return "none asked for"
+        return sliced if stats.experts_sliced else "none asked for"
     read = format_nbytes(stats.expert_nbytes_read)
-    return f"{stats.hit_rate:.1%} of {stats.expert_hits + stats.expert_misses} hit, {read} read"
+    requests = stats.expert_hits + stats.expert_misses
+    assumed = "" if plan.slice_size else f" ({plan.hit_rate_assumed:.1%} planned)"
+    hits = f"{stats.hit_rate:.1%} of {requests} hit{assumed}, {read} read"
+    return f"{sliced}, {hits}" if stats.experts_sliced else hits
+
+
+def _served(stats: GenerationStats) -> str:
+    """How experts that VRAM lacked were served while decoding."""
+    kinds = (
+        (stats.experts_fetched, "fetched"),
+        (stats.experts_linked, "read in place over the link"),
+        (stats.experts_hosted, "computed by the processor"),
+    )
+    parts = [f"{count} {kind}" for count, kind in kinds if count]
+    if stats.link_nbytes:
+        parts.append(f"{format_nbytes(stats.link_nbytes)} over the link in all")
+    return ", ".join(parts)
 
 
 def show_chat_header(version: str, lines: Sequence[str]) -> None:

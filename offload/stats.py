@@ -10,7 +10,9 @@ class CacheStats:
     A request is one expert in one `ensure`. A hit found it in the top tier or on its way there.
     With a device, `host_hits` and `host_misses` divide the misses of the top tier by whether main
     memory had the bytes; without one they are 0. `leased_hits` and `leased_misses` count what was
-    held in main memory by `lease_host`, which makes no request.
+    held in main memory by `lease_host`, which makes no request. `fetched`, `linked` and `hosted`
+    divide the misses of decode steps on a device by what served them; `sliced` requests, of which
+    a part is always in VRAM and the lanes do the rest, are neither hits nor misses.
     """
 
     hits: int = 0
@@ -21,7 +23,11 @@ class CacheStats:
     host_evictions: int = 0  # from main memory, where that is not the top tier
     disk_nbytes: int = 0  # read from disk, read-ahead included
     ahead_nbytes: int = 0  # of these, read ahead
-    device_nbytes: int = 0  # copied from main memory to the device
+    device_nbytes: int = 0  # that went over the link, copied or read in place
+    fetched: int = 0  # over the link into a slot
+    linked: int = 0  # over the link, read where it lies
+    hosted: int = 0  # computed by the processor
+    sliced: int = 0
     prefetch_reads: int = 0  # experts read ahead
     prefetch_hits: int = 0  # of these, asked for, or copied ahead, while they were still here
     prefetch_wasted: int = 0  # of these, evicted before anybody asked

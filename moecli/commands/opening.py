@@ -28,7 +28,8 @@ def open_engine(path: Path, config: EngineConfig) -> "Engine":
     from moecli.engine import Engine
 
     require_card(config)
-    return Engine.open(path, config, notify=ui.show_note)
+    with ui.counting_line("loading the model", "experts") as line:
+        return Engine.open(path, config, notify=ui.show_note, progress=line.update)
 
 
 def require_card(config: EngineConfig) -> None:

@@ -62,10 +62,17 @@ class FakeEngine:
 
     @classmethod
     def open(
-        cls, path: Path, config: EngineConfig, notify: Callable[[str], None] = print
+        cls,
+        path: Path,
+        config: EngineConfig,
+        notify: Callable[[str], None] = print,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "FakeEngine":
         if not path.is_dir():
             raise MoecliError(f"`{path}` is no model", "give one")
+        if os.environ.get("FAKE_LOADING"):
+            progress(3, 8)
+            progress(8, 8)
         notify("running on a fake") if os.environ.get("FAKE_NOTE") else None
         cls.opened.append(cls(path, config))
         return cls.opened[-1]

@@ -78,6 +78,15 @@ def test_header_answer_and_numbers(spawn: Spawn, model: str) -> None:
     assert leave(child) == 0
 
 
+def test_loading_is_counted_on_a_terminal_alone(spawn: Spawn, cli, model: str, monkeypatch) -> None:
+    monkeypatch.setenv("FAKE_LOADING", "1")
+    child = spawn("chat", model)
+    child.expect_exact("loading the model: 3 of 8 experts\r")
+    child.expect_exact(PROMPT)
+    assert leave(child) == 0
+    assert cli("run", model, "hi").err == ""
+
+
 def test_streams_stops_at_ctrl_c_keeps_what_was_written_and_stays(chat: pexpect.spawn) -> None:
     chat.sendline("endless")
     chat.expect_exact("w3 ")  # long before it could end
