@@ -30,6 +30,7 @@ from moecli.session import Session
 from offload.host_lane import HostLane
 from offload.pinning import Pinner
 from offload.stats import CacheStats
+from offload.usage import ExpertUsage
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,16 @@ class DeviceParts:
         weights: DeviceWeights,
         tiers: DeviceTiers,
         settings: DeviceSettings,
+        usage: ExpertUsage,
     ) -> None:
-        """Owns `tiers` and `weights`."""
+        """Owns `tiers` and `weights`; `usage` counts which experts are asked for."""
         self.tiers, self._weights, self._settings, self._spec = tiers, weights, settings, spec
         math = ExpertMath(tiers.layout, spec.weight_on_input)
         self.lane = self._open_lane() if tiers.needs_host else None
         host = None
         if self.lane is not None:
             host = HostPart(self.lane, math, readable=self._host_may_point)
-        self.stream = StreamedExperts(tiers.manager, math, spec, tiers.residents)
+        self.stream = StreamedExperts(tiers.manager, math, spec, tiers.residents, usage)
         self._lanes = _decode_lanes(tiers, math, host)
         experts = DeviceExperts(spec, self._lanes, self.stream)
         self.decoder = Decoder(

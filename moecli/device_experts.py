@@ -18,6 +18,7 @@ from moecli.models.provider import Pending
 from offload.device_cache import DeviceCache
 from offload.host_lane import HostLane
 from offload.manager import ExpertManager
+from offload.usage import ExpertUsage
 from quant import ops
 from quant.layout import ExpertLayout
 
@@ -172,11 +173,14 @@ class StreamedExperts:
         math: ExpertMath,
         spec: ModelSpec,
         snapshot: Callable[[], dict[tuple[int, int], int]],
+        usage: ExpertUsage,
     ) -> None:
-        """`snapshot` says where the experts (layer, expert) lie that are in VRAM already."""
+        """`snapshot` says where the experts (layer, expert) lie that are in VRAM already; `usage`
+        counts what is asked for here."""
         self._manager, self._math = manager, math
         self._num_experts = spec.num_experts
         self._snapshot = snapshot
+        self._usage = usage
         self._residents: dict[tuple[int, int], int] | None = None
         self.resident_hits = 0
 
@@ -193,6 +197,7 @@ class StreamedExperts:
 
     def begin(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Computed:
         wanted = _distinct(ids)
+        self._usage.add(layer, wanted)
         here = self.resident(layer, wanted)
         self.resident_hits += len(here)
         out = hidden.new_zeros(hidden.shape, dtype=torch.float32)  # [T, H]

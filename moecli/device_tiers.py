@@ -45,8 +45,8 @@ class DeviceTiers:
         favourites: Sequence[ExpertKey] = (),
         progress: Progress = lambda done, total: None,
     ) -> None:
-        """`favourites`: experts (layer, expert) in the order in which VRAM shall hold them; where
-        there are too few, the others follow, one of each layer in turn."""
+        """`favourites`: experts (layer, expert) that VRAM shall hold first, the most wanted first;
+        where there are too few, the others follow, one of each layer in turn."""
         self.spec, self.layout, self.plan, self.device = spec, layout, plan, device
         self._progress = progress
         self._done = self._to_do = 0  # experts brought to their places
@@ -129,14 +129,11 @@ class DeviceTiers:
             self.slices = self._slice_table(keys)
             self.whole = self._whole()
             return
-        first: list[ExpertKey] = []
-        if plan.placement == "pinned":
-            order = dict.fromkeys([*favourites, *_in_turn(keys)])
-            first = list(order)[: plan.device_slots]
-        self._fill_slots(first, [key for key in keys if key not in set(first)])
+        first = list(dict.fromkeys([*favourites, *_in_turn(keys)]))[: plan.device_slots]
+        self._fill_slots(first, keys)
 
-    def _fill_slots(self, first: list[ExpertKey], others: list[ExpertKey]) -> None:
-        """Experts that go to VRAM once and for all, then those of main memory."""
+    def _fill_slots(self, first: list[ExpertKey], keys: list[ExpertKey]) -> None:
+        """VRAM begins with `first`, the most wanted first; RAM has those that VRAM may lack."""
         plan = self.plan
         cache = self.cache = DeviceCache(
             len(self._index),
@@ -150,19 +147,20 @@ class DeviceTiers:
             torch.tensor(plan.link_counts, dtype=torch.int32),
             MAX_CHOICES,
         )
-        everything = first or (others if plan.device_slots >= plan.total_experts else [])
-        rest = others if everything is not others else []
+        stays = plan.placement == "pinned" or len(first) == len(keys)
+        staying = set(first) if stays else set()
+        rest = [key for key in keys if key not in staying]
         self.settled = plan.host_slots >= len(rest)
-        warm = [] if everything else _in_turn(rest)[: plan.device_slots]
-        self._to_do = len(everything) + len(warm) + (len(rest) if self.settled else 0)
-        self._load(cache, everything)
+        self._to_do = len(first) + (len(rest) if self.settled else 0)
+        if stays:
+            self._load(cache, sorted(first))  # as the file has them
         if self.settled:
             for _ in self._pass(rest):
                 pass
         self.whole = self._whole()
         cache.host_addresses.copy_(self.whole)
-        # Slots that change by use begin with some experts of every layer rather than empty.
-        self._load(cache, warm)
+        if not stays:
+            self._load(cache, first[::-1])  # the last one is the last to be evicted
 
     def _load(self, cache: DeviceCache, keys: list[ExpertKey]) -> None:
         """Bring these to slots, one after the other."""

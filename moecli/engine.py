@@ -12,6 +12,7 @@ from moecli.config import EngineConfig, SamplingConfig
 from moecli.device_tiers import Progress
 from moecli.errors import MoecliError
 from moecli.events import Event
+from moecli.favourites import Favourites
 from moecli.footprint import expert_layout
 from moecli.generation import Runtime, generate
 from moecli.kv_cache import KvCache
@@ -61,9 +62,11 @@ class Engine:
         notify: Notify = _say_nothing,
         trace: Trace | None = None,
         progress: Progress = _count_nothing,
+        usage_file: Path | None = None,
     ) -> None:
         self.path = checkpoint.path
         self.spec = ModelSpec.from_hf(dict(checkpoint.config))
+        self._favourites = Favourites(usage_file, self.spec, notify)
         self.tokenizer = Tokenizer.open(self.path)
         self.generation_config = _read_generation_config(self.path)
         self.ctx = context_size(config.ctx, self.spec)
@@ -80,6 +83,7 @@ class Engine:
                 weights,
                 _disk(checkpoint, self.spec, self.plan),
                 lambda: KvCache(self.spec, self.ctx, KV_DTYPE),
+                self._favourites.usage,
                 config.keep_experts,
                 trace,
             )
@@ -96,6 +100,7 @@ class Engine:
                 _disk(checkpoint, self.spec, self.plan),
                 settings,
                 notify,
+                self._favourites,
                 progress,
             )
         self._runtime = Runtime(
@@ -121,18 +126,20 @@ class Engine:
         notify: Notify = _say_nothing,
         trace: Trace | None = None,
         progress: Progress = _count_nothing,
+        usage_file: Path | None = None,
     ) -> "Engine":
         """Open what `moecli quantize` wrote.
 
         `notify` gets a message about every way in which the run is less than what was asked for;
         `trace`, when given, records what the routers ask for; `progress` hears how many experts of
-        how many are in their places, where they are put there at once. Raises MoecliError,
-        QuantError or OffloadError: no quantized model, a context too long, a budget too small.
+        how many are in their places, where they are put there at once; `usage_file` keeps from run
+        to run which experts are wanted most. Raises MoecliError, QuantError or OffloadError: no
+        quantized model, a context too long, a budget too small.
         """
         cores = config.threads or detect().physical_cores
         if cores is not None:
             torch.set_num_threads(cores)
-        engine = cls(QuantizedCheckpoint.open(path), config, notify, trace, progress)
+        engine = cls(QuantizedCheckpoint.open(path), config, notify, trace, progress, usage_file)
         if engine.plan.ram_short:
             notify(
                 f"the plan takes {engine.plan.ram_short >> 20} MiB more than this machine has "
@@ -201,6 +208,7 @@ class Engine:
 
     def close(self) -> None:
         self._parts.close()
+        self._favourites.keep()
 
     def __enter__(self) -> "Engine":
         return self

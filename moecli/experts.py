@@ -6,6 +6,7 @@ from torch import Tensor
 from moecli.models.config import ModelSpec
 from moecli.models.provider import Ready
 from offload.manager import ExpertManager
+from offload.usage import ExpertUsage
 from quant import ops
 from quant.layout import ExpertLayout
 
@@ -18,8 +19,12 @@ class OffloadedExperts:
     Legend: T tokens, k choices a token, H hidden size, E experts a layer.
     """
 
-    def __init__(self, manager: ExpertManager, layout: ExpertLayout, spec: ModelSpec) -> None:
+    def __init__(
+        self, manager: ExpertManager, layout: ExpertLayout, spec: ModelSpec, usage: ExpertUsage
+    ) -> None:
+        """`usage` counts what is asked for here."""
         self._manager = manager
+        self._usage = usage
         self._layout = layout
         self._num_experts = spec.num_experts
         self._weight_on_input = spec.weight_on_input
@@ -37,6 +42,7 @@ class OffloadedExperts:
         """
         total = torch.zeros(*topk_ids.shape, hidden.shape[-1], dtype=torch.float32)  # [T, k, H]
         wanted = sorted(set(topk_ids.flatten().tolist()))
+        self._usage.add(layer, wanted)
         for wave in self._manager.waves(layer, wanted):
             with self._manager.ensure(layer, wave) as lease:
                 total += ops.routed_experts(

@@ -13,6 +13,7 @@ from moecli.device import DeviceParts, DeviceSettings
 from moecli.device_tiers import DeviceTiers, Progress
 from moecli.device_weights import DeviceWeights
 from moecli.errors import MoecliError
+from moecli.favourites import Favourites
 from moecli.graphs import captured, eager
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
@@ -100,11 +101,12 @@ def open_device(
     disk: DiskTier,
     settings: DeviceSettings,
     notify: Notify,
+    favourites: Favourites,
     progress: Progress = lambda done, total: None,
 ) -> DeviceParts:
     """The model on a device, as planned. `notify` hears of every way in which it is less."""
     device, pinner = settings.device, settings.pinner
-    tiers = DeviceTiers(spec, layout, plan, disk, device, pinner, progress=progress)
+    tiers = DeviceTiers(spec, layout, plan, disk, device, pinner, favourites.keys, progress)
     if tiers.needs_host and not settings.paths.doorbell:
         tiers.close()
         raise MoecliError(
@@ -121,4 +123,4 @@ def open_device(
     if not in_vram and not dense.embedding_address and settings.capture is not eager:
         notify("the system does not pin the input embedding: each step is launched by the host")
         settings = replace(settings, capture=eager)
-    return DeviceParts(spec, dense, tiers, settings)
+    return DeviceParts(spec, dense, tiers, settings, favourites.usage)

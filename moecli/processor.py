@@ -19,6 +19,7 @@ from offload.manager import ExpertManager
 from offload.plan import MemoryPlan
 from offload.stats import CacheStats
 from offload.trace import Trace
+from offload.usage import ExpertUsage
 from quant.layout import ExpertLayout
 
 COMPUTE_DTYPE = torch.float32
@@ -36,6 +37,7 @@ class ProcessorParts:
         weights: Weights,
         disk: DiskTier,
         new_cache: Callable[[], KvCache],
+        usage: ExpertUsage,
         keep: bool = True,
         trace: Trace | None = None,
     ) -> None:
@@ -43,7 +45,7 @@ class ProcessorParts:
         assert plan.device_slots == 0, "a plan for a device"
         arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
         self.manager = ExpertManager(disk, arena, keep=keep, trace=trace)
-        experts = OffloadedExperts(self.manager, layout, spec)
+        experts = OffloadedExperts(self.manager, layout, spec, usage)
         guesses = spec.experts_per_token if experts.reads_ahead else 0
         self.decoder = Decoder(spec, weights, experts, COMPUTE_DTYPE, guesses=guesses)
         self.tokens: TokenSource = Stepwise(self.decoder, self.begin_step)

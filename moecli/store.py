@@ -1,6 +1,7 @@
 """Knows where models lie and what they are called; opens none of them."""
 
 import difflib
+import hashlib
 import json
 import os
 import shutil
@@ -38,9 +39,20 @@ def data_home() -> Path:
 
 
 def state_home() -> Path:
-    """Where history lies."""
+    """Where history and counts of wanted experts lie."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "moecli"
+
+
+def usage_file(path: Path) -> Path | None:
+    """Where it is kept which experts of the model in `path` are wanted; None where none is.
+
+    One file for all schemes that a checkpoint was quantized to.
+    """
+    if not is_model(path):
+        return None
+    source = str(manifest(path).get("source", path.resolve()))
+    return state_home() / "usage" / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.json"
 
 
 def models_dir() -> Path:

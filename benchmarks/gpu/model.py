@@ -19,6 +19,7 @@ from benchmarks.gpu.trace_router import Clock, Trace, TraceRouter
 from moecli import device_tiers
 from moecli.dense import DenseWeight
 from moecli.device import DeviceParts, DeviceSettings
+from moecli.favourites import Favourites
 from moecli.footprint import expert_layout, model_footprint
 from moecli.graphs import Capture, captured, eager
 from moecli.models.batch import Batch
@@ -195,6 +196,7 @@ class Run:
             subject.experts(),  # type: ignore[arg-type]
             settings,
             self.notes.append,
+            Favourites(None, subject.spec, self.notes.append),
         )
         self.trace = Trace(choices, device)
         self.clock = Clock(device)

@@ -29,7 +29,13 @@ def open_engine(path: Path, config: EngineConfig) -> "Engine":
 
     require_card(config)
     with ui.counting_line("loading the model", "experts") as line:
-        return Engine.open(path, config, notify=ui.show_note, progress=line.update)
+        return Engine.open(
+            path,
+            config,
+            notify=ui.show_note,
+            progress=line.update,
+            usage_file=store.usage_file(path),
+        )
 
 
 def require_card(config: EngineConfig) -> None:

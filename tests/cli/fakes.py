@@ -67,6 +67,7 @@ class FakeEngine:
         config: EngineConfig,
         notify: Callable[[str], None] = print,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        usage_file: Path | None = None,
     ) -> "FakeEngine":
         if not path.is_dir():
             raise MoecliError(f"`{path}` is no model", "give one")

@@ -16,6 +16,7 @@ from offload.disk import DiskTier, ExpertSpan
 from offload.host import HostArena
 from offload.manager import ExpertManager
 from offload.slots import SlotPool
+from offload.usage import ExpertUsage
 from quant.checkpoint import QuantizedCheckpoint
 
 
@@ -48,7 +49,9 @@ def test_logits_are_bitwise_the_same_with_a_device_tier(
         SlotPool(device_slots, slot_nbytes, "cpu"),
     )
     weights = dense_loader(spec, checkpoint.checkpoint.tensors, checkpoint.dense)
-    experts = OffloadedExperts(manager, checkpoint.layout, spec)
+    experts = OffloadedExperts(
+        manager, checkpoint.layout, spec, ExpertUsage(spec.moe_layers, spec.num_experts)
+    )
     decoder = Decoder(spec, weights, experts, guesses=spec.experts_per_token)
     try:
         found = logits(decoder)
