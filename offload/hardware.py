@@ -105,7 +105,7 @@ def _ram(root: Path) -> tuple[int | None, int | None]:
     if total is None:
         total = _sysconf_ram()
     if available is None:
-        available = total
+        available = _available_elsewhere(total)
     for limit, used in _cgroup_memory(root):
         total = limit if total is None else min(total, limit)
         left = max(0, limit - used)
@@ -123,6 +123,15 @@ def _sysconf_ram() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None  # Windows has no sysconf, and some systems lack these names
+
+
+def _available_elsewhere(total: int | None) -> int | None:
+    """Where the system has no /proc: macOS, Windows. accelerate knows how to ask them."""
+    from accelerate.utils import get_max_memory  # a second or two, once: it imports torch
+
+    found = get_max_memory()
+    available = found.get("cpu", found.get("mps"))  # Apple's cards share main memory
+    return total if available is None else int(available)
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:

@@ -121,7 +121,27 @@ def test_cpu_name_and_instruction_sets(tmp_path: Path) -> None:
     assert machine.isa == ("avx2", "avx_vnni")
 
 
+@pytest.mark.parametrize(
+    ("found", "available"),
+    [({"cpu": 5 * GIB}, 5 * GIB), ({0: GIB, "cpu": GIB}, GIB), ({"mps": GIB}, GIB), ({}, None)],
+)
+def test_memory_of_a_system_without_proc_is_what_accelerate_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict, available: int | None
+) -> None:
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: found)
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if "SIZE" in name else 4 * GIB)
+    machine = detect(root=tmp_path)
+    assert machine.ram_total == 4096 * 4 * GIB
+    assert machine.ram_available == (available or machine.ram_total)
+
+
+def test_memory_of_linux_asks_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 1})
+    assert detect(root=make_root(tmp_path, {"proc/meminfo": MEMINFO})).ram_available == 8 * GIB
+
+
 def test_a_system_without_proc_degrades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.get_max_memory", dict)
     monkeypatch.delattr("os.sysconf")
     monkeypatch.setattr("os.cpu_count", lambda: None)
     machine = detect(path=tmp_path, root=tmp_path / "nothing")
