@@ -16,6 +16,7 @@ from moecli.favourites import Favourites
 from moecli.footprint import expert_layout
 from moecli.generation import Runtime, generate
 from moecli.kv_cache import KvCache
+from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.naming import dense_loader
@@ -75,7 +76,10 @@ class Engine:
         self._parts: Parts
         if device is None:
             use_kernels(config.kernels, torch.device("cpu"))
-            self.plan = _plan(checkpoint, self.spec, self.ctx, config, detect(self.path))
+            known = with_compute(
+                detect(self.path), checkpoint.layout, self.spec.experts_per_token, measure=False
+            )
+            self.plan = _plan(checkpoint, self.spec, self.ctx, config, known)
             self._parts = ProcessorParts(
                 self.spec,
                 checkpoint.layout,

@@ -15,11 +15,15 @@ _MOST_EXPERTS = 64
 _BYTE = 0x3C  # makes small scales: nothing overflows
 
 
-def with_compute(machine: Machine, layout: ExpertLayout, top_k: int) -> Machine:
-    """`machine` with all bandwidths that it does not state, those of experts on the CPU too."""
-    if machine.physical_cores is not None:
-        torch.set_num_threads(machine.physical_cores)
-    return with_bandwidths(machine, expert_compute(layout, top_k))
+def with_compute(
+    machine: Machine, layout: ExpertLayout, top_k: int, measure: bool = True
+) -> Machine:
+    """`machine` with all bandwidths that it does not state, those of experts on the CPU too.
+
+    Without `measure` only with those that were measured before. Takes torch's present number of
+    threads.
+    """
+    return with_bandwidths(machine, expert_compute(layout, top_k), measure=measure)
 
 
 def expert_compute(layout: ExpertLayout, top_k: int) -> HostCompute:

@@ -149,7 +149,22 @@ def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
 def _said(plan: "MemoryPlan") -> str:
     if plan.predicted_tok_s is None:
         return ""
-    return f" ({plan.bottleneck} bandwidth allows {plan.predicted_tok_s:.1f})"
+    return f" (planned: {_at_most(plan.predicted_tok_s, plan.bottleneck)})"
+
+
+_LIMITS = {
+    "ram": "RAM bandwidth",
+    "cpu": "the processor",
+    "disk": "disk bandwidth",
+    "link": "link bandwidth",
+    "link and cpu": "link and processor",
+    "vram": "VRAM bandwidth",
+}
+
+
+def _at_most(tok_s: float, bottleneck: str | None) -> str:
+    """A plan knows bandwidths, not what a step costs besides: it must not read like a promise."""
+    return f"at most {tok_s:.1f}, limited by {_LIMITS[bottleneck or '']}"
 
 
 def _hits(stats: GenerationStats, plan: "MemoryPlan") -> str:
@@ -349,11 +364,7 @@ def _speeds(plan: "MemoryPlan") -> list[tuple[str, str, str]]:
     """What bandwidth allows: (label, for people, in full)."""
     if plan.predicted_tok_s is None:
         return [("decode tok/s", "unknown, as long as a bandwidth is", "\t")]
-    # Today's kernels are far from this bound, so it must not read like a promise.
-    said = (
-        f"{plan.bottleneck} bandwidth allows {plan.predicted_tok_s:.1f}; "
-        "this version's kernels reach less"
-    )
+    said = _at_most(plan.predicted_tok_s, plan.bottleneck)
     found = [("decode tok/s", said, f"{plan.predicted_tok_s}\t{plan.bottleneck}")]
     if plan.lanes:
         alone = (("link alone", plan.link_tok_s), ("CPU alone", plan.host_tok_s))
@@ -362,7 +373,7 @@ def _speeds(plan: "MemoryPlan") -> list[tuple[str, str, str]]:
         ]
     if plan.predicted_prefill_tok_s is not None:
         rate = plan.predicted_prefill_tok_s
-        found.append(("prefill tok/s", f"bandwidth allows {rate:.0f}", str(rate)))
+        found.append(("prefill tok/s", f"at most {rate:.0f}", str(rate)))
     return found
 
 

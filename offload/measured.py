@@ -39,11 +39,13 @@ def with_bandwidths(
     host: HostCompute | None = None,
     refresh: bool = False,
     file: Path | None = None,
+    measure: bool = True,
 ) -> Machine:
     """`machine`, with the bandwidths that it does not state kept or measured.
 
     Those of a graphics card only where the machine, which must be this one, has one; `host_bw`
-    only where `host` says how. `refresh` forgets what is kept. Takes seconds the first time.
+    only where `host` says how. `refresh` forgets what is kept. Takes seconds the first time, and
+    no time with `measure` False: what is not kept then stays unknown.
     """
     path = cache_file() if file is None else file
     kept = _read(path)
@@ -52,12 +54,12 @@ def with_bandwidths(
         entry.clear()  # what is not measured now will be when it is asked for
     found: dict[str, float] = {}
     changed = False
-    for field, name, measure in _measurements(machine, host):
+    for field, name, find in _measurements(machine, host):
         if getattr(machine, field) is not None:
             continue
         value = _positive(entry.get(name))
         if value is None:
-            value = measure()
+            value = find() if measure else None
             if value is None:
                 continue
             entry[name], changed = value, True

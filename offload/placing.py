@@ -181,14 +181,19 @@ def speed(footprint: ModelFootprint, machine: Machine, where: Places, lanes: Lan
 
 
 def speed_without_device(footprint: ModelFootprint, machine: Machine, in_memory: int) -> Speed:
-    """One token where the processor computes all: dense weights and experts are read from RAM."""
+    """One token where the processor computes all: dense weights and experts are read from RAM.
+
+    As fast as its kernels compute experts, where that is known, but not faster than RAM is read.
+    """
     total, active = footprint.total_experts, footprint.active_expert_nbytes
     read = footprint.dense_nbytes + active
     disk = round(active * (total - in_memory) / total)
     found = Speed(0, read, 0, disk)
-    if not machine.ram_bw or (disk and not machine.disk_bw):
+    host, ram = machine.host_bw or inf, machine.ram_bw or inf
+    rate = min(host, ram)
+    if rate == inf or (disk and not machine.disk_bw):
         return found
-    parts = {"ram": read / machine.ram_bw}
+    parts = {"cpu" if host < ram else "ram": read / rate}
     parts["disk"] = disk / machine.disk_bw if machine.disk_bw else 0.0
     return _timed(found, parts)
 

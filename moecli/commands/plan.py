@@ -106,10 +106,11 @@ class _Asked:
 
 def _machine(asked: _Asked, config: EngineConfig, rates: dict[str, float | None]) -> "Machine":
     """This machine at the given rates, where they are given; the others are measured."""
+    import torch
+
     from moecli.footprint import expert_layout
     from moecli.measuring import with_compute
     from offload.hardware import detect
-    from offload.measured import with_bandwidths
 
     machine = detect(asked.path, gpu=config.device != "cpu")
     if config.device == "cuda" and config.vram_nbytes is None:
@@ -118,10 +119,10 @@ def _machine(asked: _Asked, config: EngineConfig, rates: dict[str, float | None]
     machine = replace(machine, **stated)
     if machine.gpu_name is not None or config.vram_nbytes is not None:
         machine = _described_card(machine)
-        layout = expert_layout(asked.spec, asked.schemes[0])
-        machine = with_compute(machine, layout, asked.spec.experts_per_token)
-    else:
-        machine = with_bandwidths(machine)
+    if machine.physical_cores is not None:
+        torch.set_num_threads(machine.physical_cores)  # as a run does
+    layout = expert_layout(asked.spec, asked.schemes[0])
+    machine = with_compute(machine, layout, asked.spec.experts_per_token)
     if machine.disk_bw is None:
         machine = replace(machine, disk_bw=_disk_bandwidth(asked.path))
     return machine

@@ -54,6 +54,7 @@ def machine(monkeypatch) -> None:
     """Always the same one."""
     monkeypatch.setattr(hardware, "detect", lambda *_, **__: MACHINE)
     monkeypatch.setattr(bandwidth, "measure_ram", lambda threads: 60e9)
+    monkeypatch.setattr(bandwidth, "measure_compute", lambda _: 55e9)
     monkeypatch.setattr(
         bandwidth, "measure_disk", lambda path: bandwidth.DiskBandwidth(7e9, True, 1 << 20)
     )
@@ -130,6 +131,10 @@ def test_plan_of_scout(real_cli, scout) -> None:
     missing = active * (768 - plan["host_slots"]) / 768
     seconds = (plan["dense_nbytes"] + active) / 50e9 + missing / 5e9
     assert plan["predicted_tok_s"] == pytest.approx(1 / seconds)
+    plan = json.loads(real_cli("plan", scout, *flags, "--cpu-bw", "20GB/s", "--json").out)
+    assert plan["bottleneck"] == "cpu"
+    seconds = (plan["dense_nbytes"] + active) / 20e9 + missing / 5e9
+    assert plan["predicted_tok_s"] == pytest.approx(1 / seconds)
 
 
 def test_plan_piped_has_full_values(real_cli, scout) -> None:
@@ -140,7 +145,7 @@ def test_plan_piped_has_full_values(real_cli, scout) -> None:
     assert lines["KV cache, 8192 tokens"] == [str(8192 * 4096 * 48), "0"]
     assert lines["budget"][0] == str(100 * GIB)
     assert lines["slots"] == ["768", "768"]
-    assert lines["decode tok/s"][1] == "ram"
+    assert lines["decode tok/s"][1] == "cpu"
 
 
 def test_plan_with_the_scheme_that_is_asked_for(real_cli, scout) -> None:

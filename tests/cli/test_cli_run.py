@@ -141,7 +141,7 @@ def test_verbose_timings_on_stderr(cli, model) -> None:
     assert outcome.out == "you said: hello\n"
     assert outcome.err == (
         "prompt   23 tokens, 80.0 tok/s, first token after 0.25 s\n"
-        "answer   2 tokens, 20.0 tok/s (ram bandwidth allows 93.8)\n"
+        "answer   2 tokens, 20.0 tok/s (planned: at most 93.8, limited by RAM bandwidth)\n"
         "experts  75.0% of 40 hit (39.1% planned), 781 KiB read; "
         "25 of 64 experts have a place in RAM\n"
         "memory   peak 100 MiB; the plan takes 14.0 MiB of 14.0 MiB\n"

@@ -50,6 +50,16 @@ def test_each_is_measured_once(calls: list[str], file: Path) -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_what_was_measured_before_costs_no_measurement(calls: list[str], file: Path) -> None:
+    kinds = host("int4"), host("int8")
+    assert with_bandwidths(BARE, kinds[0], file=file, measure=False) == BARE
+    known = with_bandwidths(BARE, kinds[0], file=file)
+    assert with_bandwidths(BARE, kinds[0], file=file, measure=False) == known
+    other = with_bandwidths(BARE, kinds[1], file=file, measure=False)
+    assert other == replace(known, host_bw=None)
+    assert calls == ["ram", "compute"]
+
+
 def test_without_a_card_only_main_memory(calls: list[str], file: Path) -> None:
     assert with_bandwidths(BARE, file=file) == replace(BARE, ram_bw=1.0)
     assert calls == ["ram"]
