@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moecli import __version__, ui
-from moecli.commands import chat, doctor, listing, plan, quantize, rm, run, show
+from moecli.commands import chat, doctor, listing, plan, pull, quantize, rm, run, show
 from moecli.errors import MoecliError
 from moecli.helptext import HelpfulCommand, HelpfulGroup
 from moecli.options import debugging
@@ -59,6 +59,7 @@ def _add(name: str, function: object, help: str, examples: str, hidden: bool = F
     app.command(name, cls=HelpfulCommand, help=help, epilog=examples, hidden=hidden)(function)  # type: ignore[type-var]
 
 
+_add("pull", pull.pull, pull.HELP, pull.EXAMPLES)
 _add("plan", plan.plan, plan.HELP, plan.EXAMPLES)
 _add("quantize", quantize.quantize, quantize.HELP, quantize.EXAMPLES)
 _add("run", run.run, run.HELP, run.EXAMPLES)

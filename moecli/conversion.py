@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moecli.errors import MoecliError
+from moecli.hub.selection import COMPANIONS
 from moecli.models.config import ModelSpec
 from moecli.models.hf_config import BITSANDBYTES, source_scheme
 from moecli.models.naming import plan_conversion
@@ -17,26 +18,6 @@ from quant.convert import (
     quantization_config,
 )
 from quant.scheme import QuantScheme
-
-# What a checkpoint needs besides config.json and weights, where the source has it.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "USE_POLICY.md",
-    "NOTICE",
-)
 
 
 def quantize_model(
@@ -73,7 +54,7 @@ def quantize_model(
         experts=conversion.experts,
         dense=conversion.dense,
         config=config,
-        extra_files=tuple(name for name in _COMPANIONS if (source / name).is_file()),
+        extra_files=tuple(name for name in COMPANIONS if (source / name).is_file()),
     )
     return convert(job, progress)
 

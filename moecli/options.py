@@ -108,6 +108,10 @@ Stop = Annotated[
     list[str] | None,
     option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated."),
 ]
+Revision = Annotated[
+    str | None,
+    option("--revision", metavar="NAME", help="Of the repository: a branch, a tag or a commit."),
+]
 Json = Annotated[bool, option("--json", help="Print one JSON object.")]
 Verbose = Annotated[bool, option("-v", "--verbose", help="Say on stderr how fast it was.")]
 Yes = Annotated[bool, option("-y", "--yes", help="Do not ask.")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moecli.errors import MoecliError
+from moecli.hub.client import is_hub_id
 from quant.scheme import QuantScheme
 
 DEMO = "demo"
@@ -65,15 +66,24 @@ def demo_source() -> Path:
     return Path(__file__).parent / "demo"
 
 
-def default_output(source: Path, scheme: QuantScheme) -> Path:
-    """Where `quantize` writes unless told."""
-    name = DEMO if source == demo_source() else source.resolve().name
+def model_name(path: Path) -> str:
+    """What the model in a directory is called; of a snapshot in the hub's cache, the repository."""
+    if path == demo_source():
+        return DEMO
+    resolved = path.resolve()
+    if resolved.parent.name == "snapshots":
+        return resolved.parents[1].name.rpartition("--")[2]
+    return resolved.name
+
+
+def default_output(name: str, scheme: QuantScheme) -> Path:
+    """Where `quantize` writes a model of this name unless told."""
     return models_dir() / f"{name}-{scheme.name}"
 
 
 def demo_path() -> Path:
     """Where the quantized embedded model lies, or will lie."""
-    return default_output(demo_source(), DEFAULT_SCHEME)
+    return default_output(DEMO, DEFAULT_SCHEME)
 
 
 def resolve(name: str) -> Path:
@@ -97,7 +107,7 @@ def resolve(name: str) -> Path:
 
 
 def resolve_source(name: str) -> Path:
-    """The directory of a checkpoint to quantize: an existing path, or `demo`."""
+    """The directory of a checkpoint to quantize: an existing path, `demo`, or what was pulled."""
     if name == DEMO:
         return demo_source()
     path = Path(name).expanduser()
@@ -105,6 +115,13 @@ def resolve_source(name: str) -> Path:
         return path
     if path.exists():
         raise MoecliError(f"`{name}` is a file", "give the directory of a checkpoint")
+    if is_hub_id(name):
+        from moecli.hub.pulling import cached_model
+
+        cached = cached_model(name)
+        if cached is None:
+            raise MoecliError(f"`{name}` is not downloaded", f"`moecli pull {name}` downloads it")
+        return cached
     raise _unknown(name)
 
 
@@ -219,17 +236,30 @@ def _unknown(name: str) -> MoecliError:
         )
     if name.startswith((".", "/", "~")):
         return MoecliError(f"there is no directory `{name}`", "`moecli list` shows what is here")
+    if is_hub_id(name):
+        return _not_quantized(name)
     names = [DEMO, *(path.name for path in _entries() if is_model(path))]
     close = difflib.get_close_matches(name, names, 3, 0.5)
     if close:
         meant = " or ".join(f"`{match}`" for match in close)
         return MoecliError(f"no model is called `{name}`", f"did you mean {meant}?")
-    if name.count("/") == 1:
-        return MoecliError(
-            f"`{name}` is not a directory here, and this version does not download",
-            f"fetch it with `hf download {name} --local-dir DIR`, then `moecli quantize DIR`",
-        )
     return MoecliError(
         f"no model is called `{name}`",
         "`moecli list` shows what is here; `moecli quantize DIR` makes one",
+    )
+
+
+def _not_quantized(repo_id: str) -> MoecliError:
+    """Where a repository of the hub is to be run, which would be hundreds of gigabytes unasked."""
+    name = repo_id.partition("/")[2]
+    made = [path.name for path in _entries() if path.name.startswith(f"{name}-int")]
+    ready = [name for name in made if is_model(models_dir() / name)]
+    if ready:
+        return MoecliError(
+            f"`{repo_id}` is a repository of the hub", f"quantized, it is called `{ready[0]}` here"
+        )
+    return MoecliError(
+        f"`{repo_id}` is not quantized yet",
+        f"`moecli quantize {repo_id}` does it while it downloads; `moecli plan {repo_id}` says "
+        "before whether it fits",
     )

@@ -16,7 +16,10 @@ from moecli.units import format_bandwidth, format_nbytes, format_seconds, format
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
+    from moecli.hub.client import RemoteFile
+    from moecli.hub.pulling import Pull, PullProgress
     from offload.plan import MemoryPlan
     from quant.convert import ConversionProgress, ConversionResult
 
@@ -199,6 +202,63 @@ def show_chat_header(version: str, lines: Sequence[str]) -> None:
         say(dim(line, sys.stderr))
 
 
+# Downloads
+
+
+@contextmanager
+def pull_progress(quiet: bool) -> Iterator["PullProgress"]:
+    """A bar a file and one for all; lines where stderr is no terminal; nothing with `quiet`."""
+    from moecli.hub.progress import PullLines
+
+    if quiet or not is_terminal(sys.stderr):
+        yield PullLines(_silent if quiet else say)
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console(sys.stderr), transient=True) as bars:
+        yield _PullBars(bars)
+
+
+def _silent(message: str) -> None:
+    """What a command was told to keep to itself."""
+
+
+class _PullBars:
+    """Bars of the files that are on their way; what is whole is only in the sum."""
+
+    def __init__(self, bars: "Progress") -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._done: dict[str, int] = {}
+
+    def begin(self, wanted: "Pull") -> None:
+        here = wanted.nbytes - wanted.missing_nbytes
+        self._total = self._bars.add_task("total", total=wanted.nbytes, completed=here)
+
+    def update(self, file: "RemoteFile", nbytes: int) -> None:
+        name = file.name
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=file.nbytes, completed=nbytes)
+        else:
+            self._bars.update(self._tasks[name], completed=nbytes, visible=nbytes < file.nbytes)
+            self._bars.advance(self._total, nbytes - self._done[name])
+        self._done[name] = nbytes
+
+
 # Conversion
 
 
@@ -208,7 +268,7 @@ def conversion_progress() -> Iterator[Callable[["ConversionProgress"], None]]:
     if not is_terminal(sys.stderr):
         yield _PlainProgress()
         return
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (
         TextColumn("quantizing"),

@@ -9,7 +9,7 @@ import typer
 
 from moecli import options, store, ui
 from moecli.commands.opening import require_card
-from moecli.commands.show import readable_directory
+from moecli.commands.show import Readable
 from moecli.config import EngineConfig
 from moecli.settings import Settings
 from moecli.units import parse_bandwidth
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 HELP = """Show what would lie where, and how fast bandwidth would let it run.
 
-This is the placement that `run` and `chat` make. It reads config.json, no weights. The budgets and
+This is the placement that `run` and `chat` make. It reads config.json, no weights: a model of the
+hub need not be downloaded. The budgets and
 bandwidths may be those of another machine; what is not given is measured here, once, and kept:
 `moecli doctor` measures anew. Exits with 1 where the model does not fit."""
 EXAMPLES = """
@@ -61,7 +62,7 @@ def plan(
     ] = "int4",
     as_json: options.Json = False,
 ) -> None:
-    path = readable_directory(options.require_model(context, model, model_flag))
+    readable = Readable.find(options.require_model(context, model, model_flag))
     from moecli.planning import plan_model
 
     config = Settings.read(**given).engine_config()
@@ -73,13 +74,13 @@ def plan(
         "zero_copy_bw": _rate(link_bw, "--link"),
         "vram_bw": _rate(vram_bw, "--vram-bw"),
     }
-    asked = _Asked.read(path, scheme_name, config)
+    asked = _Asked.read(readable.path, scheme_name, config)
     machine = _machine(asked, config, rates)
     made = plan_model(asked.spec, asked.schemes, asked.ctx, config, machine)
     if as_json:
-        print(json.dumps({"model": path.name, "ctx": asked.ctx, **made.to_dict()}, indent=2))
+        print(json.dumps({"model": readable.name, "ctx": asked.ctx, **made.to_dict()}, indent=2))
     else:
-        ui.show_plan(path.name, asked.ctx, made)
+        ui.show_plan(readable.name, asked.ctx, made)
 
 
 def _rate(text: str | None, name: str) -> float | None:

@@ -59,7 +59,11 @@ def quantize(
     scheme = QuantScheme.parse(scheme_name, groups)
     dense_scheme = None if dense_name.lower() == "none" else QuantScheme.parse(dense_name)
     source = store.resolve_source(name)
-    out = store.default_output(source, scheme) if output is None else output.expanduser()
+    out = (
+        store.default_output(store.model_name(source), scheme)
+        if output is None
+        else output.expanduser()
+    )
     if out.exists():
         raise MoecliError(
             f"`{out}` exists already",

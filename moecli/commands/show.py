@@ -7,15 +7,17 @@ from pathlib import Path
 import typer
 
 from moecli import options, store, ui
+from moecli.hub.client import Caller, is_hub_id
 from moecli.units import format_nbytes, format_params
 
 HELP = """Show what a model is made of: layers, experts, parameters, schemes, sizes.
 
-It reads config.json and moecli's own manifest, so it takes unquantized checkpoints too."""
+It reads config.json and moecli's own manifest, so it takes unquantized checkpoints too, and
+repositories of the hub, of which it fetches these small files alone."""
 EXAMPLES = """
 moecli show demo
 moecli show demo-int4-g32 --json
-moecli show ~/models/Llama-4-Scout-17B-16E-Instruct
+moecli show Qwen/Qwen3-30B-A3B
 """
 
 
@@ -40,16 +42,16 @@ class ModelSummary:
     nbytes: int
 
 
-def summarize(path: Path) -> ModelSummary:
+def summarize(model: "Readable") -> ModelSummary:
     """Raises MoecliError for whatever is no MoE model that moecli knows."""
     from moecli.models.config import ModelSpec
     from moecli.models.hf_config import source_scheme
 
-    config = store.config(path)
+    path, config = model.path, store.config(model.path)
     spec = ModelSpec.from_hf(config)
     manifest = store.manifest(path) if store.is_model(path) else {}
     return ModelSummary(
-        name=path.resolve().name,
+        name=model.name,
         path=str(path),
         architecture=spec.architecture,
         num_params=spec.num_params,
@@ -63,7 +65,7 @@ def summarize(path: Path) -> ModelSummary:
         scheme=manifest["scheme"] if manifest else source_scheme(config),
         quantized_here=bool(manifest),
         dense_scheme=manifest.get("dense_scheme"),
-        nbytes=store.disk_nbytes(path),
+        nbytes=model.nbytes,
     )
 
 
@@ -73,18 +75,37 @@ def show(
     model_flag: options.ModelOption = None,
     as_json: options.Json = False,
 ) -> None:
-    path = readable_directory(options.require_model(ctx, model, model_flag))
-    summary = summarize(path)
+    summary = summarize(Readable.find(options.require_model(ctx, model, model_flag)))
     if as_json:
         print(json.dumps(asdict(summary), indent=2))
     else:
         ui.show_pairs(_pairs(summary))
 
 
-def readable_directory(name: str) -> Path:
-    """As store.resolve, but the embedded model as it was trained where it is not quantized yet."""
-    path = store.resolve(name)
-    return store.demo_source() if name == store.DEMO and not store.is_model(path) else path
+@dataclass(frozen=True)
+class Readable:
+    """A model that can be looked at: of one in the hub, config.json and index alone are here."""
+
+    path: Path
+    nbytes: int  # of all its files, wherever they are
+
+    @property
+    def name(self) -> str:
+        return store.model_name(self.path)
+
+    @classmethod
+    def find(cls, name: str) -> "Readable":
+        """As store.resolve, but the embedded model as it was trained where it is not quantized yet,
+        and a repository of the hub where no directory is called so.
+        """
+        if is_hub_id(name) and not Path(name).exists():
+            from moecli.hub.pulling import look_at
+
+            return cls(*look_at(name, Caller(ui.show_note)))
+        path = store.resolve(name)
+        if name == store.DEMO and not store.is_model(path):
+            path = store.demo_source()
+        return cls(path, store.disk_nbytes(path))
 
 
 def _pairs(summary: ModelSummary) -> list[tuple[str, str, str]]:

@@ -102,14 +102,18 @@ def test_schemes_that_do_not_exist(cli, source, flags, word) -> None:
     assert "\nhint: " in outcome.err
 
 
-def test_hub_id_is_no_directory(cli) -> None:
-    outcome = cli("quantize", "Qwen/Qwen3-30B-A3B")
-    assert outcome.code == 1
-    assert outcome.err == (
-        "error: `Qwen/Qwen3-30B-A3B` is not a directory here, and this version does not download\n"
-        "\nhint: fetch it with `hf download Qwen/Qwen3-30B-A3B --local-dir DIR`, "
-        "then `moecli quantize DIR`\n"
-    )
+def test_a_repository_of_the_hub_is_not_run_unasked(cli, models) -> None:
+    for command in (("run", "Qwen/Qwen3-30B-A3B", "hi"), ("chat", "Qwen/Qwen3-30B-A3B")):
+        outcome = cli(*command)
+        assert outcome.code == 1
+        assert outcome.err == (
+            "error: `Qwen/Qwen3-30B-A3B` is not quantized yet\n"
+            "\nhint: `moecli quantize Qwen/Qwen3-30B-A3B` does it while it downloads; "
+            "`moecli plan Qwen/Qwen3-30B-A3B` says before whether it fits\n"
+        )
+    write_model(models / "Qwen3-30B-A3B-int4-g32")
+    outcome = cli("run", "Qwen/Qwen3-30B-A3B", "hi")
+    assert outcome.err.endswith("hint: quantized, it is called `Qwen3-30B-A3B-int4-g32` here\n")
 
 
 def test_demo_is_quantized_once(cli, models) -> None:

@@ -155,10 +155,27 @@ def write_checkpoint(
     directory: Path,
     config: dict[str, Any] | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
+    shards: int = 1,
 ) -> Path:
-    """A complete source directory; one shard."""
+    """A complete source directory; several shards are filled in the order of the names."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config or llama4_config()))
-    save_file(tensors or llama4_tensors(), directory / "model.safetensors", {"format": "pt"})
+    _write_weights(directory, tensors or llama4_tensors(), shards)
     write_tokenizer(directory)
     return directory
+
+
+def _write_weights(directory: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return
+    names, weight_map = sorted(tensors), {}
+    for number in range(shards):
+        begin, end = (len(names) * n // shards for n in (number, number + 1))
+        file_name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[begin:end]}
+        save_file(part, directory / file_name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file_name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
