@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moecli import __version__, ui
-from moecli.commands import chat, doctor, listing, plan, pull, quantize, rm, run, show
+from moecli.commands import bench, chat, doctor, listing, plan, pull, quantize, rm, run, show
 from moecli.errors import MoecliError
 from moecli.helptext import HelpfulCommand, HelpfulGroup
 from moecli.options import debugging
@@ -68,6 +68,7 @@ _add("list", listing.list_models, listing.HELP, listing.EXAMPLES)
 _add("ls", listing.list_models, listing.HELP, listing.EXAMPLES, hidden=True)
 _add("show", show.show, show.HELP, show.EXAMPLES)
 _add("rm", rm.rm, rm.HELP, rm.EXAMPLES)
+_add("bench", bench.bench, bench.HELP, bench.EXAMPLES)
 _add("doctor", doctor.doctor, doctor.HELP, doctor.EXAMPLES)
 
 

@@ -55,6 +55,7 @@ class SamplingConfig:
     seed: int | None = None  # None: a fresh one each time
     max_tokens: int | None = None  # None: until the context is full
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # go on where the model would end: for measuring
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

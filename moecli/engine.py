@@ -1,11 +1,12 @@
 """Wires plan, experts, model and tokenizer into one thing that answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moecli.backends import use_kernels
 from moecli.config import EngineConfig, SamplingConfig
@@ -14,7 +15,7 @@ from moecli.errors import MoecliError
 from moecli.events import Event
 from moecli.favourites import Favourites
 from moecli.footprint import expert_layout
-from moecli.generation import Runtime, generate
+from moecli.generation import Runtime, forward_together, generate
 from moecli.kv_cache import KvCache
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
@@ -201,6 +202,15 @@ class Engine:
     ) -> Iterator[Event]:
         with self._parts.running():
             yield from generate(self._runtime, session, token_ids, sampling, cancelled)
+
+    def step(self, sessions: Sequence[Session], token_ids: Sequence[list[int]]) -> Tensor:
+        """Logits fp32 [S, V] after the next tokens of several sessions, in one forward pass.
+
+        The sessions hold the tokens then. On a graphics card there can be but one session.
+        """
+        with self._parts.running():
+            self._parts.begin_step()
+            return forward_together(self.decoder, sessions, token_ids)
 
     def expert_stats(self) -> CacheStats:
         """What the expert cache has counted since the model was opened."""

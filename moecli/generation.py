@@ -6,7 +6,7 @@ How one token follows another is the runtime's: see `Stepwise` and moecli.decode
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moecli.config import SamplingConfig
 from moecli.events import Event, Finished, FinishReason, GenerationStats, PrefillProgress, TextDelta
-from moecli.models.batch import Batch
+from moecli.models.batch import Batch, SequenceSlice
 from moecli.models.decoder import Decoder
 from moecli.session import Session
 from moecli.stopping import StopFilter
@@ -72,7 +72,7 @@ def generate(
         with closing(runtime.tokens(session, logits, sampling)) as tokens:
             for token in tokens:
                 meter.token()
-                if token in runtime.tokenizer.eos_ids:
+                if token in runtime.tokenizer.eos_ids and not sampling.ignore_eos:
                     reason = "stop"
                 elif delta := answer.add(token):
                     yield TextDelta(delta)
@@ -95,10 +95,22 @@ def peak_rss_nbytes() -> int:
 
 def forward(decoder: Decoder, session: Session, tokens: list[int]) -> Tensor:
     """Logits [V] after `tokens`, which the session then holds."""
-    token_ids = torch.tensor(tokens, device=session.cache.device)
-    logits = decoder.forward(Batch.of(token_ids, session.cache))  # [1, V]
-    session.tokens.extend(tokens)
-    return logits[0]
+    return forward_together(decoder, [session], [tokens])[0]
+
+
+def forward_together(
+    decoder: Decoder, sessions: Sequence[Session], tokens: Sequence[list[int]]
+) -> Tensor:
+    """Logits [S, V] after the next tokens of each session, which it then holds."""
+    slices = tuple(
+        SequenceSlice(session.cache, session.cache.length, len(new))
+        for session, new in zip(sessions, tokens, strict=True)
+    )
+    token_ids = torch.tensor([token for new in tokens for token in new], device=decoder.device)
+    logits = decoder.forward(Batch(token_ids, slices))
+    for session, new in zip(sessions, tokens, strict=True):
+        session.tokens.extend(new)
+    return logits
 
 
 def _why_stop(

@@ -55,6 +55,13 @@ def show_table(headers: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]
     _console(sys.stdout).print(table)
 
 
+def print_markdown(headers: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """The cells for people, as a Markdown table."""
+    lines = [headers, ["---"] * len(headers), *([shown for shown, _ in row] for row in rows)]
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
+
+
 def show_pairs(pairs: Sequence[tuple[str, str, str]]) -> None:
     """(label, value for people, value in full), one a line; piped, label, tab, value in full."""
     width = max((len(label) for label, _, _ in pairs), default=0)

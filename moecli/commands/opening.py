@@ -23,8 +23,11 @@ def model_directory(name: str) -> Path:
     return path
 
 
-def open_engine(path: Path, config: EngineConfig) -> "Engine":
-    """Raises MoecliError where a graphics card is asked for and there is none, among others."""
+def open_engine(path: Path, config: EngineConfig, keep_usage: bool = True) -> "Engine":
+    """Raises MoecliError where a graphics card is asked for and there is none, among others.
+
+    `keep_usage` False: which experts this run asks for says nothing about those to come.
+    """
     from moecli.engine import Engine
 
     require_card(config)
@@ -34,7 +37,7 @@ def open_engine(path: Path, config: EngineConfig) -> "Engine":
             config,
             notify=ui.show_note,
             progress=line.update,
-            usage_file=store.usage_file(path),
+            usage_file=store.usage_file(path) if keep_usage else None,
         )
 
 

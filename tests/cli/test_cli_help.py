@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("pull", "plan", "quantize", "run", "chat", "list", "show", "rm", "doctor")
+COMMANDS = ("pull", "plan", "quantize", "run", "chat", "list", "show", "rm", "bench", "doctor")
 HEAVY = ("torch", "transformers", "safetensors", "tokenizers", "jinja2", "rich", "numpy")
 
 
