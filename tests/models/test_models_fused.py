@@ -1,6 +1,7 @@
 """The operations between matrix products: kernels against references, references against fp64."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from moecli.errors import MoecliError
 from moecli.models import fused
+from tests.devices import DEVICE, examples
+from tests.triton_compile import compiling, run_python
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative to the largest number; the interpreter cuts off where devices round to bfloat16, up to
 # four times in a row.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4 * 2**-7, torch.float16: 4 * 2**-11}
 DTYPES = st.sampled_from(list(TOLERANCE))
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=examples(25), deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +161,7 @@ def exact_attention(q: Tensor, keys_values: Tensor, length: int) -> Tensor:
     return torch.einsum("hl,hld->hd", scores.softmax(-1), values).flatten()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (5, 1), (3, 3), (20, 1)]),
     size=st.sampled_from([8, 16, 20]),
@@ -235,3 +237,25 @@ def test_shape_functions_and_schemas(name):
         fused.set_backend(backend)
         op = getattr(torch.ops.moecli, name).default
         torch.library.opcheck(op, args[name], test_utils=tests)
+
+
+def compile_attention() -> dict[str, tuple[str, int]]:
+    """PTX and spilled bytes for each GPU, at the shapes of Llama 4 Scout."""
+    from moecli.models.kernels import heads
+
+    cache, queries = torch.zeros(2, 8, 8192, 128).bfloat16(), torch.zeros(1, 40, 128).bfloat16()
+    found = {}
+    for capability in (75, 86, 120):
+        with compiling(capability) as programs:
+            heads.decode_attention(queries, cache, torch.tensor([1]), 32, torch.bfloat16)
+        name = "_attend_kernel"
+        found[str(capability)] = (programs[name], programs.spilled[name])
+    return found
+
+
+def test_attention_compiles_to_matrix_units_where_there_are_some(tmp_path: Path) -> None:
+    for capability, (program, spilled) in run_python(
+        compile_attention, tmp_path, interpret=False
+    ).items():
+        assert ("mma.sync" in program) == (int(capability) >= 80)
+        assert spilled == 0
