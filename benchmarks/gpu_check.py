@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.gpu.report import FORMAT, Section, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-_GRACE_S = 20.0  # for a part that was begun in time, and for leaving
+_GRACE_S = 20.0  # kept back for a part that was begun in time, and for leaving
 _TAIL = 2000  # characters of a section's last words
 
 
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = list(args.only or SECTIONS)
     for number, name in enumerate(names):
         part.unlink(missing_ok=True)
-        budget = _budget(names[number:], end - time.monotonic())
+        budget = _budget(names[number:], end - _GRACE_S - time.monotonic())
         print(f"{name}: at most {max(0.0, budget):.0f} s", file=sys.stderr, flush=True)
         if budget <= 0:
             report["sections"][name] = {"status": "skipped", "parts": {}}
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             report["sections"][name] = read_json(part)
         else:
             command = _command(name, budget, args, part)
-            timeout = min(budget + _GRACE_S, end + _GRACE_S - time.monotonic())
+            timeout = min(budget + _GRACE_S, end - time.monotonic())
             report["sections"][name] = run_apart(command, timeout, part)
         write_json(args.json, report)
     part.unlink(missing_ok=True)

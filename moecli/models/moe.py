@@ -4,6 +4,7 @@ Legend of the shapes: T tokens, H hidden, E experts, k experts a token.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         return gated_mlp(x, *self.weights)
+
+
+class Routing(Protocol):
+    """What a block asks which experts a token goes to: its Router, or a stand-in for it."""
+
+    weight: Weight
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Router:
@@ -61,7 +70,7 @@ class MoeBlock:
         self, spec: ModelSpec, layer: int, weights: Weights, experts: ExpertProvider
     ) -> None:
         self.layer = layer
-        self.router = Router(spec, layer, weights)
+        self.router: Routing = Router(spec, layer, weights)
         self.experts = experts
         self.shared: Mlp | None = None
         if spec.shared_intermediate_size:

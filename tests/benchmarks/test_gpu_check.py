@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu import exactness
+from benchmarks.gpu import exactness, peer
 from benchmarks.gpu.model import KeptArena
 from benchmarks.gpu.random_experts import RandomExperts
 from benchmarks.gpu.report import Section, plain, read_json, write_json
@@ -26,6 +26,7 @@ from tests.triton_compile import compiling, run_python
 
 ROOT = Path(__file__).parents[2]
 ON_CARD = torch.cuda.is_available()
+NOT_TRIED = {f"transformers, bitsandbytes 4 bits, offloaded, {arm.name}" for arm in TINY.models}
 
 
 def script(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -48,9 +49,10 @@ def test_the_whole_script_in_tiny_sizes(tmp_path: Path) -> None:
     parts = {}
     for name, section in report["sections"].items():
         assert section["status"] == "ok", (name, section)
-        bad = {key: part for key, part in section["parts"].items() if part["status"] != "ok"}
+        kept = {key: part for key, part in section["parts"].items() if key not in NOT_TRIED}
+        bad = {key: part for key, part in kept.items() if part["status"] != "ok"}
         assert not bad, json.dumps(bad, indent=1)
-        parts[name] = {key: part["result"] for key, part in section["parts"].items()}
+        parts[name] = {key: part["result"] for key, part in kept.items()}
     check_machine(parts["machine"])
     check_exactness(parts["exactness"])
     check_kernels(parts["kernels"])
@@ -102,15 +104,23 @@ def check_decode(parts: dict) -> None:
         for row in result["decode"].values():
             assert row["steps"] == TINY.steps
             assert row["tok_s"] > 0
-            assert row["host_s_in_replay"] > 0
+            assert row["host"]["launch_wall_s"] > 0
+            assert row["host"]["besides_busy_s"] >= 0
             assert row["share_of_bound"] > 0
             assert sum(row["served"].values()) > 0 or result["plan"]["slice_size"]
 
 
 def check_peer(parts: dict) -> None:
     for arm in TINY.models:
-        assert parts[f"transformers in VRAM, {arm.name}"]["layer_s"] > 0
-        assert parts[f"transformers offloaded by accelerate, {arm.name}"]["layer_s"] > 0
+        for way in peer.WAYS:
+            row = parts.get(f"{way.name}, {arm.name}")
+            if row is None:
+                assert (way.bits, way.offloaded) == (4, True), f"{way.name} is missing"
+                continue
+            assert row["layer_s"] > 0
+            assert ("uint8" if way.bits == 4 else "int8") in row["nbytes_by_dtype"] or way.bits > 8
+            assert not row["routed_experts_quantized"], "what docs/gpu.md says is over"
+            assert bool(row["modules_by_place"]) == way.offloaded
         assert len(parts[f"ours, {arm.name}"]) > 0
 
 
@@ -265,21 +275,28 @@ def test_a_skewed_trace_has_favourites_and_stays_with_them() -> None:
     assert rarely < 0.15 < 0.3 < stays
 
 
+class FirstTwo:
+    weight = torch.zeros(8, 6)
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(x), 2, dtype=torch.int64), x[:, :2]
+
+
 def test_trace_router_reads_positions_from_the_device() -> None:
     choices = make_trace("uniform", 5, 2, 8, 2)
     trace, clock = Trace(choices, torch.device("cpu")), Clock(torch.device("cpu"))
-    router = TraceRouter(lambda x: (None, x[:, :2]), trace, clock, layer_index=1)
-    clock.chunk.fill_(3)
-    ids, weights = router(torch.ones(4, 6))
-    assert torch.equal(ids, choices[[3, 4, 0, 1], 1])
-    assert weights.shape == (4, 2)
-    clock.step = torch.tensor([2])
-    assert torch.equal(router(torch.ones(1, 6))[0], choices[2:3, 1])
-    clock.step.add_(1)
-    assert torch.equal(router(torch.ones(1, 6))[0], choices[3:4, 1])
+    routers = [TraceRouter(FirstTwo(), trace, clock, layer) for layer in range(2)]
+    for position, count in ((0, 3), (3, 4), (7, 1)):  # the trace begins anew after five
+        for layer, router in enumerate(routers):
+            ids, weights = router(torch.ones(count, 6))
+            expected = choices[[(position + i) % 5 for i in range(count)], layer]
+            assert torch.equal(ids, expected)
+            assert weights.shape == (count, 2)
     other = make_trace("zipf", 5, 2, 8, 2)
     trace.become(other)
-    assert torch.equal(router(torch.ones(1, 6))[0], other[3:4, 1])
+    assert torch.equal(routers[0](torch.ones(1, 6))[0], other[3:4, 0])
+    clock.restart()
+    assert torch.equal(routers[0](torch.ones(1, 6))[0], other[0:1, 0])
 
 
 def test_random_experts_compute_numbers_of_sane_size() -> None:
