@@ -32,8 +32,8 @@ from offload.plan import MemoryPlan
 
 _WARM_STEPS = 8
 _LEAST_STEPS = 8
-_STEPS_S = 6.0  # of one arm and routing; a slow lane gets fewer steps
-_ARM_S = 14.0  # what an arm may take
+_STEPS_S = 3.5  # of one arm and routing; a slow lane gets fewer steps
+_ARM_S = 18.0  # what an arm may take
 _MODEL_S = 50.0  # what is kept back for each model still to come: memory, and its first arms
 _POSITIONS = 512  # of a trace
 SKEWS: tuple[Skew, ...] = ("zipf", "uniform")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu import exactness, peer
+from benchmarks.gpu import build, exactness, peer
 from benchmarks.gpu.model import KeptArena
 from benchmarks.gpu.random_experts import RandomExperts
 from benchmarks.gpu.report import Section, plain, read_json, write_json
@@ -26,7 +26,10 @@ from tests.triton_compile import compiling, run_python
 
 ROOT = Path(__file__).parents[2]
 ON_CARD = torch.cuda.is_available()
-NOT_TRIED = {f"transformers, bitsandbytes 4 bits, offloaded, {arm.name}" for arm in TINY.models}
+NOT_TRIED = {
+    "processor_kernels",
+    *(f"transformers, bitsandbytes 4 bits, offloaded, {arm.name}" for arm in TINY.models),
+}
 
 
 def script(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -200,6 +203,25 @@ def test_a_section_that_fails_as_a_whole_is_recorded(tmp_path: Path, monkeypatch
     assert summary == ["machine: failed, 1 of 1 parts", "  RuntimeError: no device", *summary[2:]]
 
 
+def test_what_cannot_be_built_says_why(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "works.py").write_text("print('built')")
+    (tmp_path / "fails.py").write_text("raise SystemExit('no compiler')")
+    section = Section(60.0, lambda _: None)
+    section.part("works", lambda: build.build("works", section.left_s))
+    section.part("fails", lambda: build.build("fails", section.left_s))
+    build.measure(section, tiny=False)
+    parts = section.to_dict()["parts"]
+    assert [parts[name]["status"] for name in parts] == ["ok", "failed", "skipped"]
+    assert "no compiler" in parts["fails"]["error"]
+
+
+def test_no_section_may_run_past_the_end(tmp_path: Path) -> None:
+    path = str(tmp_path / "out.json")
+    args = gpu_check.parser().parse_args(["--only", "peer", "--budget", "15", "--json", path])
+    assert gpu_check.run(args)["sections"]["peer"]["status"] == "skipped", "the grace is gone"
+
+
 def test_time_left_over_goes_to_the_sections_that_follow() -> None:
     names = list(gpu_check.SECTIONS)
     assert sum(share for _, share in gpu_check.SECTIONS.values()) == pytest.approx(1.0)
@@ -218,7 +240,7 @@ def test_other():
 """
 
 
-def test_counts_of_a_test_file(tmp_path: Path) -> None:
+def test_counts_of_a_test_file(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "test_it.py"
     file.write_text(FILE)
     end = time.monotonic() + 60
@@ -228,13 +250,21 @@ def test_counts_of_a_test_file(tmp_path: Path) -> None:
     file.write_text("import time\ndef test_it(): time.sleep(60)")
     counts = exactness.run_file(str(file), tmp_path / "b.xml", time.monotonic() + 2)
     assert counts.error == "took longer than was left"
+    file.write_text("import time\ndef test_a(): pass\ndef test_it(): time.sleep(60)")
+    monkeypatch.setattr(exactness, "_LEAVE_S", 20.0)
+    counts = exactness.run_file(str(file), tmp_path / "e.xml", time.monotonic() + 27)
+    assert (counts.tests, counts.failed) == (1, 0), "what was done in time is lost"
+    assert counts.error == "took longer than was left"
     assert exactness.run_file(str(file), tmp_path / "c.xml", 0.0).error == "no time left"
     counts = exactness.run_file(str(tmp_path / "none.py"), tmp_path / "d.xml", end + 60)
     assert counts.error or counts.tests == 0
 
 
 def test_files_that_run_on_the_device_are_found() -> None:
-    assert "tests/moecli/test_checks.py" in exactness.files_on_device()
+    kernels = ("quant/test_quant_triton_experts", "quant/test_quant_triton_matrix")
+    kernels += ("models/test_models_fused", "offload/test_offload_lane", "moecli/test_checks")
+    kernels += ("offload/test_offload_device_kernels",)
+    assert {f"tests/{name}.py" for name in kernels} <= set(exactness.files_on_device())
 
 
 def test_plain_values() -> None:
