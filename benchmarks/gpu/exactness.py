@@ -21,6 +21,7 @@ _WORKERS = 6  # compiling takes the time, and that is the processor's
 _TINY_FILES = ("tests/moecli/test_stopping.py",)
 _TINY_CASES = ("experts of a few tokens, int4-g32", "requests to the host")
 _SHOWN = 10  # failures of a file
+_DONE = (0, 1)  # exit codes of pytest: all is well, or some tests failed
 _LEAVE_S = 8.0  # for a file that comes too late to say how far it came
 
 
@@ -111,8 +112,10 @@ def run_file(file: str, report: Path, end: float) -> FileCounts:
     ) as process:
         said, error = _talk(process, max(1.0, end - begin - _LEAVE_S))
     seconds = time.monotonic() - begin
+    if process.returncode not in _DONE:
+        error = error or f"ended with {process.returncode}: {said}"
     if not report.is_file():
-        return FileCounts(file, seconds, error=error or f"ended with {process.returncode}: {said}")
+        return FileCounts(file, seconds, error=error or "it wrote no report")
     return _counts(file, seconds, report, error)
 
 
