@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecli.models.attention import Weight, Weights
 from moecli.models.config import ModelSpec
-from moecli.models.fused import silu_mul
+from moecli.models.fused import choose_experts, silu_mul
 from moecli.models.provider import ExpertProvider, Ready
 from quant.ops import linear
 
@@ -53,14 +53,7 @@ class Router:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> topk_ids [T, k] int64, topk_weights [T, k] in x.dtype."""
         logits = linear(x, self.weight)  # [T, E]
-        if self.kind == "sigmoid":
-            chosen, ids = logits.topk(self.top_k, dim=-1)
-            scores = chosen.float().sigmoid()
-        else:
-            scores, ids = logits.float().softmax(dim=-1).topk(self.top_k, dim=-1)
-        if self.normalize:
-            scores = scores / scores.sum(dim=-1, keepdim=True)
-        return ids, scores.to(x.dtype)
+        return choose_experts(logits, self.top_k, self.kind, self.normalize)
 
 
 class MoeBlock:

@@ -118,6 +118,9 @@ def _add_pass(
         TOP_K=top_k,
         WEIGHT_ON_INPUT=weight_on_input,
         WIDEN=widen(hidden.dtype),
+        # Of 8-bit codes one tile less is on its way: with it, shared memory of 100 KiB, as most
+        # cards have, would hold one program where the registers hold two.
+        num_stages=2 if bits == 8 else 3,
         **options,
     )
     _down_kernel[(banded(hidden_size) * blocks,)](
