@@ -345,6 +345,13 @@ def test_random_experts_compute_numbers_of_sane_size() -> None:
     out, x = torch.zeros(1, spec.hidden_size), torch.randn(1, spec.hidden_size)
     ops.add_routed_experts(out, x, torch.tensor([[1]]), torch.ones(1, 1), table, layout)
     assert 0.01 < out.std() < 10
+    memory[layout.nbytes // 2] ^= 0xFF
+    before = bytes(memory)
+    source.read_into((0, 2), memoryview(memory))
+    assert bytes(memory) == before, "what is an expert already is not written again"
+    memory[0] ^= 0xFF
+    source.read_into((0, 1), memoryview(memory))
+    assert torch.equal(blob[: layout.nbytes], source._templates[1])
 
 
 def test_kept_arena_outlives_those_it_was_lent_to() -> None:
