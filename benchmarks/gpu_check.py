@@ -77,10 +77,10 @@ def _peer(section: Section, options: Options) -> None:
 SECTIONS: dict[str, tuple[Measure, float]] = {  # and its share of the time, if all take theirs
     "build": (_build, 0.05),
     "machine": (_machine, 0.07),
-    "exactness": (_exactness, 0.18),
+    "exactness": (_exactness, 0.21),
     "kernels": (_kernels, 0.13),
-    "decode": (_decode, 0.45),
-    "peer": (_peer, 0.12),
+    "decode": (_decode, 0.43),
+    "peer": (_peer, 0.11),
 }
 
 
