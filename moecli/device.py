@@ -17,7 +17,7 @@ from moecli.device_experts import (
     SlicedExperts,
     StreamedExperts,
 )
-from moecli.device_tiers import DeviceTiers
+from moecli.device_tiers import DeviceTiers, MakeArena
 from moecli.device_weights import DeviceWeights
 from moecli.generation import TokenSource
 from moecli.graphs import Capture
@@ -27,6 +27,7 @@ from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.selfcheck import FastPaths
 from moecli.session import Session
+from offload.host import HostArena
 from offload.host_lane import HostLane
 from offload.pinning import Pinner
 from offload.stats import CacheStats
@@ -44,6 +45,7 @@ class DeviceSettings:
     capture: Capture  # how a decode step is made repeatable
     pinner: Pinner  # makes main memory readable for the device
     paths: FastPaths = FastPaths()  # noqa: RUF009  # frozen
+    make_arena: MakeArena = HostArena  # where main memory for experts comes from
 
 
 class DeviceParts:

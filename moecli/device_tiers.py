@@ -22,6 +22,7 @@ from quant.kernels.experts import memory_at
 from quant.layout import ExpertLayout
 
 Progress = Callable[[int, int], None]  # experts in place, of so many
+MakeArena = Callable[[int, int], HostArena]  # of so many bytes, in slots of so many
 _HOST = torch.device("cpu")
 _AT_ONCE = 8  # experts read together
 
@@ -44,14 +45,16 @@ class DeviceTiers:
         pinner: Pinner,
         favourites: Sequence[ExpertKey] = (),
         progress: Progress = lambda done, total: None,
+        make_arena: MakeArena = HostArena,
     ) -> None:
         """`favourites`: experts (layer, expert) that VRAM shall hold first, the most wanted first;
-        where there are too few, the others follow, one of each layer in turn."""
+        where there are too few, the others follow, one of each layer in turn.
+        """
         self.spec, self.layout, self.plan, self.device = spec, layout, plan, device
         self._progress = progress
         self._done = self._to_do = 0  # experts brought to their places
         self._index = {layer: index for index, layer in enumerate(spec.moe_layers)}
-        arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
+        arena = make_arena(plan.host_arena_nbytes, plan.slot_nbytes)
         arena.pin(pinner)
         self.pinned_nbytes, self.arena_nbytes = arena.pinned_slots * arena.slot_nbytes, arena.nbytes
         self._disk = disk

@@ -105,8 +105,10 @@ def open_device(
     progress: Progress = lambda done, total: None,
 ) -> DeviceParts:
     """The model on a device, as planned. `notify` hears of every way in which it is less."""
-    device, pinner = settings.device, settings.pinner
-    tiers = DeviceTiers(spec, layout, plan, disk, device, pinner, favourites.keys, progress)
+    tiers = DeviceTiers(
+        *(spec, layout, plan, disk, settings.device, settings.pinner),
+        *(favourites.keys, progress, settings.make_arena),
+    )
     if tiers.needs_host and not settings.paths.doorbell:
         tiers.close()
         raise MoecliError(

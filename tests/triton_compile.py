@@ -7,11 +7,14 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,9 +29,17 @@ _TYPES = {
 }
 
 
+class Programs(dict[str, str]):
+    """Kernel name -> PTX of its last launch. `spilled`: bytes of registers kept in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spilled: dict[str, int] = {}
+
+
 @contextlib.contextmanager
-def compiling(capability: int) -> Iterator[dict[str, str]]:
-    """Kernel name -> PTX of its last launch in here; the tensors stay as they are.
+def compiling(capability: int, multiprocessors: int = 128) -> Iterator[Programs]:
+    """What launches in here are compiled to; the tensors stay as they are.
 
     `capability` is 86 for sm_86. The machine code is made too, so that what the assembler of the
     GPU would refuse fails here. So does asking the device anything between launches.
@@ -37,7 +48,9 @@ def compiling(capability: int) -> Iterator[dict[str, str]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    found: dict[str, str] = {}
+    from quant.kernels.triton import card
+
+    found = Programs()
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = [parameter.name for parameter in kernel.params]
@@ -60,15 +73,29 @@ def compiling(capability: int) -> Iterator[dict[str, str]]:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
         target = GPUTarget("cuda", capability, 32)
-        found[kernel.__name__] = triton.compile(source, target=target, options=kwargs).asm["ptx"]
+        compiled = triton.compile(source, target=target, options=kwargs).asm
+        found[kernel.__name__] = compiled["ptx"]
+        found.spilled[kernel.__name__] = _spilled(compiled["cubin"])
 
-    original = triton.JITFunction.run
-    triton.JITFunction.run = run
-    try:
-        with _NeverAsk():
-            yield found
-    finally:
-        triton.JITFunction.run = original
+    with (
+        patch.object(triton.JITFunction, "run", run),
+        patch.object(card, "_INTERPRETED", card.Card(capability, multiprocessors)),
+        _NeverAsk(),
+    ):
+        yield found
+
+
+def _spilled(machine_code: bytes) -> int:
+    """Bytes of its own memory that a thread needs, for what its registers do not hold."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = (knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", said)
+    return int(stack)
 
 
 class _NeverAsk(TorchDispatchMode):

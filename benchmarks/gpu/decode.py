@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.machine import bandwidths, device_of, sizes_of
-from benchmarks.gpu.model import KeptArena, Run, Subject, arenas_from
+from benchmarks.gpu.model import KeptArena, Run, Subject
 from benchmarks.gpu.report import Section
 from benchmarks.gpu.roofline import Bandwidths, StepBytes, bound
 from benchmarks.gpu.sizes import ModelArm, Sizes
@@ -23,6 +24,7 @@ from benchmarks.gpu.timing import synchronize
 from benchmarks.gpu.trace_router import STAY, ZIPF_EXPONENT, Skew, make_trace
 from moecli.backends import use_kernels
 from moecli.config import SamplingConfig
+from moecli.device_tiers import MakeArena
 from moecli.graphs import Capture, captured, eager
 from offload.errors import OffloadError
 from offload.hardware import detect
@@ -30,8 +32,9 @@ from offload.plan import MemoryPlan
 
 _WARM_STEPS = 8
 _LEAST_STEPS = 8
-_STEPS_S = 6.0  # of one arm and routing; a slow lane gets fewer steps
-_ARM_S = 14.0  # what an arm may take
+_STEPS_S = 3.5  # of one arm and routing; a slow lane gets fewer steps
+_ARM_S = 18.0  # what an arm may take
+_MODEL_S = 50.0  # what is kept back for each model still to come: memory, and its first arms
 _POSITIONS = 512  # of a trace
 SKEWS: tuple[Skew, ...] = ("zipf", "uniform")
 # The most telling first: what comes late may find no time left.
@@ -55,22 +58,20 @@ def measure(section: Section, tiny: bool, found: dict[str, Any]) -> None:
     use_kernels("torch" if tiny else "auto", device)  # whole models are too much to interpret
     torch.set_num_threads(detect().physical_cores or torch.get_num_threads())
     section.part("traces", lambda: {"zipf_exponent": ZIPF_EXPONENT, "stay": STAY})
-    for arm in sizes.models:
+    for number, arm in enumerate(sizes.models, 1):
+        later_s = 0.0 if tiny else _MODEL_S * (len(sizes.models) - number)
+        needs_s = later_s + (0.0 if tiny else _ARM_S)
         rates = bandwidths(found, f"{arm.name} {arm.scheme.name}")
         subject = Subject.of(arm, device, rates)
         arena: list[KeptArena] = []
-        section.part(f"{arm.name}: memory", functools.partial(_take, subject, arena), _need(tiny))
+        section.part(f"{arm.name}: memory", functools.partial(_take, subject, arena), needs_s)
         if not arena:
             continue
-        with closing(arena[0]), arenas_from(arena[0]):
+        with closing(arena[0]):
             for way in ways(arm, subject):
-                run = functools.partial(measure_way, subject, way, sizes, rates)
-                section.part(f"{arm.name}: {way.name}", run, _need(tiny))
-                _free(device)
-
-
-def _need(tiny: bool) -> float:
-    return 0.0 if tiny else _ARM_S
+                run = functools.partial(measure_way, subject, way, sizes, rates, arena[0].lend)
+                section.part(f"{arm.name}: {way.name}", run, needs_s)
+                _reset_peaks(device)
 
 
 def _take(subject: Subject, arena: list[KeptArena]) -> dict[str, Any]:
@@ -114,30 +115,28 @@ def _vram_for(subject: Subject, share: float) -> int:
 
 
 def measure_way(
-    subject: Subject, way: Way, sizes: Sizes, rates: Bandwidths | None
+    subject: Subject, way: Way, sizes: Sizes, rates: Bandwidths | None, make_arena: MakeArena
 ) -> dict[str, Any]:
     """One placement and lane: prompts, and decoding under each routing."""
     begin = time.perf_counter()
     device = subject.device
     plan = subject.plan(way.vram_nbytes, way.placement, way.lane)
     _reset_peaks(device)
-    replays: list[float] = []
+    launches: list[Spent] = []
     traces = {skew: _trace(subject, skew) for skew in SKEWS}
-    capture = _timed(captured if device.type == "cuda" else eager, replays)
-    with closing(Run(subject, plan, traces[SKEWS[0]], capture)) as run:
+    capture = _timed(captured if device.type == "cuda" else eager, launches)
+    with closing(Run(subject, plan, traces[SKEWS[0]], capture, make_arena)) as run:
         result: dict[str, Any] = {
             "setup_s": time.perf_counter() - begin,
             "plan": _plan_row(plan),
             "notes": run.notes,
-            "prefill": {str(n): prefill(run, n) for n in sizes.prompts},
+            "prefill": {str(n): prefill(run, n, rates) for n in sizes.prompts},
             "decode": {},
         }
         for skew in SKEWS:
             run.trace.become(traces[skew])
-            replays.clear()
-            row = decode(run, sizes.steps, rates)
-            host = statistics.median(replays) if replays else None
-            result["decode"][skew] = {**row, "host_s_in_replay": host}
+            launches.clear()
+            result["decode"][skew] = decode(run, sizes.steps, rates, launches)
         result["memory"] = _memory(device, plan)
     return result
 
@@ -148,26 +147,45 @@ def _trace(subject: Subject, skew: Skew) -> torch.Tensor:
     return make_trace(skew, _POSITIONS, layers, spec.num_experts, spec.experts_per_token)
 
 
-def _timed(capture: Capture, seconds: list[float]) -> Capture:
-    """Notes how long the host is busy with each replay."""
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by the clock, and of work by this thread: while it waits it does none."""
+
+    wall_s: float
+    busy_s: float
+
+    @classmethod
+    def until_now(cls) -> "Spent":
+        return cls(time.perf_counter(), time.thread_time())
+
+    def since(self, begin: "Spent") -> "Spent":
+        return Spent(self.wall_s - begin.wall_s, self.busy_s - begin.busy_s)
+
+
+def _timed(capture: Capture, launches: list[Spent]) -> Capture:
+    """Notes what each launch of a captured step takes of the host."""
 
     def wrapped(step: Callable[[], None]) -> Callable[[], None]:
         replay = capture(step)
 
         def call() -> None:
-            begin = time.perf_counter()
+            begin = Spent.until_now()
             replay()
-            seconds.append(time.perf_counter() - begin)
+            launches.append(Spent.until_now().since(begin))
 
         return call
 
     return wrapped
 
 
-def prefill(run: Run, num_tokens: int) -> dict[str, float]:
-    """A prompt, read twice from the beginning: the first time compiles and warms up."""
-    seconds = 0.0
+def prefill(run: Run, num_tokens: int, rates: Bandwidths | None) -> dict[str, float | None]:
+    """A prompt, read twice from the beginning: the first time compiles and warms up.
+
+    Beside it what the link alone would take for the bytes that came over it.
+    """
+    seconds, moved = 0.0, 0
     for _ in range(2):
+        before = run.parts.stats.device_nbytes
         session = run.parts.new_session()
         synchronize(run.subject.device)
         begin = time.perf_counter()
@@ -175,33 +193,42 @@ def prefill(run: Run, num_tokens: int) -> dict[str, float]:
             run.prefill(session, num_tokens)
             synchronize(run.subject.device)
         seconds = time.perf_counter() - begin
-    return {"ttft_s": seconds, "tok_s": num_tokens / seconds}
+        moved = run.parts.stats.device_nbytes - before
+    link_s = None if rates is None else moved / rates.link
+    return {
+        "ttft_s": seconds,
+        "tok_s": num_tokens / seconds,
+        "moved_nbytes": moved,
+        "link_s": link_s,
+        "share_of_link": None if link_s is None else link_s / seconds,
+    }
 
 
-def decode(run: Run, steps: int, rates: Bandwidths | None) -> dict[str, Any]:
+def decode(run: Run, steps: int, rates: Bandwidths | None, launches: list[Spent]) -> dict[str, Any]:
     """Single tokens after a short prompt; the median of what each took."""
     session = run.parts.new_session()
     prompt, warm = min(16, run.subject.arm.ctx // 4), min(_WARM_STEPS, steps)
-    ends: list[float] = []
+    ends: list[Spent] = []
     with run.parts.running():
         logits = run.prefill(session, prompt)
         before = _served(run)
         with closing(run.parts.tokens(session, logits, SamplingConfig(temperature=0))) as tokens:
             for _ in tokens:
-                ends.append(time.perf_counter())
-                spent = ends[-1] - ends[min(warm, len(ends) - 1)]
-                late = len(ends) > warm + _LEAST_STEPS and spent > _STEPS_S
+                ends.append(Spent.until_now())
+                spent = ends[-1].since(ends[min(warm, len(ends) - 1)])
+                late = len(ends) > warm + _LEAST_STEPS and spent.wall_s > _STEPS_S
                 if late or len(ends) > warm + steps:
                     break
         synchronize(run.subject.device)
         after = _served(run)
-    times = [b - a for a, b in zip(ends[warm:], ends[warm + 1 :], strict=False)]
-    step = statistics.median(times)
+    times = [b.since(a) for a, b in pairwise(ends[warm:])]
+    step = statistics.median(time.wall_s for time in times)
     row = {
         "steps": len(times),
         "tok_s": 1 / step,
         "step_s": step,
-        "slowest_step_s": max(times),
+        "slowest_step_s": max(time.wall_s for time in times),
+        "host": _host(times, launches[-len(times) :]),
         "served": {lane: after[lane] - before[lane] for lane in after},
     }
     moved = step_bytes(run, row["served"], prompt + len(ends))
@@ -211,6 +238,17 @@ def decode(run: Run, steps: int, rates: Bandwidths | None) -> dict[str, Any]:
         row["bound"] = limit
         row["share_of_bound"] = row["tok_s"] / limit.overlapped_tok_s
     return row
+
+
+def _host(steps: list[Spent], launches: list[Spent]) -> dict[str, float]:
+    """What a step takes of the host: launching it, and all that it does besides."""
+    launch_s = statistics.median(launch.busy_s for launch in launches)
+    step_s = statistics.median(step.busy_s for step in steps)
+    return {
+        "launch_wall_s": statistics.median(launch.wall_s for launch in launches),
+        "launch_busy_s": launch_s,
+        "besides_busy_s": max(0.0, step_s - launch_s),
+    }
 
 
 def _served(run: Run) -> dict[str, int]:
@@ -259,13 +297,13 @@ def _reset_peaks(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _free(device: torch.device) -> None:
-    _reset_peaks(device)
-
-
 def _memory(device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
     """Peaks beside what was planned. Main memory holds all arms' arena, so more than one plan's."""
-    row: dict[str, Any] = {"planned_vram_nbytes": plan.vram_nbytes, "peak_rss_nbytes": _peak_rss()}
+    row: dict[str, Any] = {
+        "planned_vram_nbytes": plan.vram_nbytes,
+        "planned_ram_nbytes": plan.ram_nbytes,
+        "peak_rss_nbytes": _peak_rss(),
+    }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.max_memory_allocated(device)

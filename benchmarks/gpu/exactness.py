@@ -1,6 +1,7 @@
 """Knows whether kernels are right on this device: their own tests, and the self-check."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ _WORKERS = 6  # compiling takes the time, and that is the processor's
 _TINY_FILES = ("tests/moecli/test_stopping.py",)
 _TINY_CASES = ("experts of a few tokens, int4-g32", "requests to the host")
 _SHOWN = 10  # failures of a file
+_DONE = (0, 1)  # exit codes of pytest: all is well, or some tests failed
+_LEAVE_S = 8.0  # for a file that comes too late to say how far it came
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,10 @@ class FileCounts:
 
 
 def measure(section: Section, tiny: bool) -> None:
-    section.part("self_check", lambda: self_check(tiny))
-    section.part("tests", lambda: kernel_tests(tiny, section.left_s))
+    with ThreadPoolExecutor(1) as pool:  # beside each other: both wait for compilers
+        checked = pool.submit(self_check, tiny)
+        section.part("tests", lambda: kernel_tests(tiny, section.left_s))
+        section.part("self_check", checked.result)
 
 
 def self_check(tiny: bool) -> dict[str, Any]:
@@ -100,27 +105,38 @@ def run_file(file: str, report: Path, end: float) -> FileCounts:
     if end <= begin:
         return FileCounts(file, 0.0, error="no time left")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    try:
-        done = subprocess.run(
-            [*command, f"--junitxml={report}"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=end - begin,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return FileCounts(file, time.monotonic() - begin, error="took longer than was left")
+    with subprocess.Popen(
+        [*command, f"--junitxml={report}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        said, error = _talk(process, max(1.0, end - begin - _LEAVE_S))
     seconds = time.monotonic() - begin
+    if process.returncode not in _DONE:
+        error = error or f"ended with {process.returncode}: {said}"
     if not report.is_file():
-        said = done.stdout.decode(errors="replace")[-1000:]
-        return FileCounts(file, seconds, error=f"ended with {done.returncode}: {said}")
-    return _counts(file, seconds, report)
+        return FileCounts(file, seconds, error=error or "it wrote no report")
+    return _counts(file, seconds, report, error)
 
 
-def _counts(file: str, seconds: float, report: Path) -> FileCounts:
+def _talk(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[str, str | None]:
+    """Its last words, and what is wrong with them. Who is late is interrupted before it is killed:
+    pytest then writes down what it has.
+    """
+    error = None
+    for seconds, number in ((timeout_s, signal.SIGINT), (_LEAVE_S, signal.SIGKILL), (None, 0)):
+        try:
+            said, _ = process.communicate(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            error = "took longer than was left"
+            process.send_signal(number)
+    return said.decode(errors="replace")[-1000:], error
+
+
+def _counts(file: str, seconds: float, report: Path, error: str | None) -> FileCounts:
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None, "pytest wrote no suite"
     failures = [
@@ -135,4 +151,5 @@ def _counts(file: str, seconds: float, report: Path) -> FileCounts:
         failed=int(suite.get("failures", 0)) + int(suite.get("errors", 0)),
         skipped=int(suite.get("skipped", 0)),
         failures=failures[:_SHOWN],
+        error=error,
     )

@@ -3,10 +3,8 @@
 Its routers follow a trace; see trace_router. Nothing is read from disk.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +14,12 @@ from benchmarks.gpu.random_experts import RandomExperts
 from benchmarks.gpu.roofline import Bandwidths
 from benchmarks.gpu.sizes import ModelArm
 from benchmarks.gpu.trace_router import Clock, Trace, TraceRouter
-from moecli import device_tiers
 from moecli.dense import DenseWeight
 from moecli.device import DeviceParts, DeviceSettings
+from moecli.device_tiers import MakeArena
 from moecli.favourites import Favourites
 from moecli.footprint import expert_layout, model_footprint
-from moecli.graphs import Capture, captured, eager
+from moecli.graphs import Capture
 from moecli.models.batch import Batch
 from moecli.models.config import ModelSpec
 from moecli.models.moe import MoeBlock
@@ -44,14 +42,14 @@ def pinner_of(device: torch.device) -> Pinner:
 class KeptArena:
     """Main memory that is taken and pinned once for all arms of a model.
 
-    For tens of GiB that takes longer than what is measured. Stands where HostArena stands.
+    For tens of GiB that takes longer than what is measured.
     """
 
     def __init__(self, nbytes: int, slot_nbytes: int, pinner: Pinner) -> None:
         self._arena = HostArena(nbytes, slot_nbytes)
         self._arena.pin(pinner)
 
-    def lend(self, nbytes: int, slot_nbytes: int) -> "_Lent":
+    def lend(self, nbytes: int, slot_nbytes: int) -> HostArena:
         assert slot_nbytes == self._arena.slot_nbytes, "slots of another size"
         assert nbytes <= self._arena.nbytes, "more memory than was kept"
         return _Lent(self._arena, nbytes // slot_nbytes)
@@ -64,21 +62,18 @@ class KeptArena:
         self._arena.close()
 
 
-class _Lent:
+class _Lent(HostArena):
     """The first slots of an arena, as an arena that is pinned already and outlives its close."""
 
     def __init__(self, arena: HostArena, num_slots: int) -> None:
+        """Takes no memory of its own."""
         self._arena, self.num_slots, self.slot_nbytes = arena, num_slots, arena.slot_nbytes
-
-    @property
-    def nbytes(self) -> int:
-        return self.num_slots * self.slot_nbytes
 
     @property
     def pinned_slots(self) -> int:
         return min(self.num_slots, self._arena.pinned_slots)
 
-    def pin(self, pinner: Pinner) -> int:
+    def pin(self, pinner: Pinner, step_nbytes: int = 0) -> int:
         return self.pinned_slots
 
     def buffer(self, slot: int) -> memoryview:
@@ -92,17 +87,6 @@ class _Lent:
 
     def close(self) -> None:
         pass
-
-
-@contextmanager
-def arenas_from(kept: KeptArena) -> Iterator[None]:
-    """DeviceTiers takes its main memory from there."""
-    original = device_tiers.HostArena
-    device_tiers.HostArena = kept.lend  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        device_tiers.HostArena = original  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -172,7 +156,12 @@ class Run:
     """One placement of a model, ready to be timed. Close it."""
 
     def __init__(
-        self, subject: Subject, plan: MemoryPlan, choices: Tensor, capture: Capture | None = None
+        self,
+        subject: Subject,
+        plan: MemoryPlan,
+        choices: Tensor,
+        capture: Capture,
+        make_arena: MakeArena,
     ) -> None:
         """choices int64 [P, L, k]: the trace that routers follow."""
         device = subject.device
@@ -185,15 +174,16 @@ class Run:
             dtype,
             torch.bfloat16,
             subject.arm.ctx,
-            capture or (captured if on_cuda else eager),
+            capture,
             pinner_of(device),
+            make_arena=make_arena,
         )
         self.parts: DeviceParts = open_device(
             subject.spec,
             subject.layout,
             plan,
             subject.weights(),
-            subject.experts(),  # type: ignore[arg-type]
+            subject.experts(),
             settings,
             self.notes.append,
             Favourites(None, subject.spec, self.notes.append),
@@ -203,31 +193,23 @@ class Run:
         self._follow_trace()
 
     def _follow_trace(self) -> None:
-        decoder, index = self.parts.decoder, 0
-        for layer in decoder.layers:
+        index = 0
+        for layer in self.parts.decoder.layers:
             layer.lookahead = None  # it would ask routers whose choices count for nothing here
             if isinstance(layer.mlp, MoeBlock):
-                router = TraceRouter(layer.mlp.router, self.trace, self.clock, index)
-                layer.mlp.router = router  # type: ignore[assignment]
+                layer.mlp.router = TraceRouter(layer.mlp.router, self.trace, self.clock, index)
                 index += 1
-        decode: Any = decoder.decode
-
-        def decode_by_clock(token_ids: Tensor, position: Tensor, cache: Any) -> Tensor:
-            self.clock.step = position
-            return decode(token_ids, position, cache)
-
-        decoder.decode = decode_by_clock  # type: ignore[method-assign]
 
     @torch.inference_mode()
     def prefill(self, session: Session, num_tokens: int) -> Tensor:
         """Logits [V] after so many tokens, in chunks as the engine reads a prompt."""
         vocab = self.subject.spec.vocab_size
         logits = None
+        if not session.tokens:
+            self.clock.restart()
         while num_tokens:
             count = min(num_tokens, PREFILL_CHUNK)
             ids = [(len(session.tokens) + i) % vocab for i in range(count)]
-            self.clock.step = None
-            self.clock.chunk.fill_(len(session.tokens))
             self.parts.begin_step()
             tokens = torch.tensor(ids, device=self.subject.device)
             logits = self.parts.decoder.forward(Batch.of(tokens, session.cache))

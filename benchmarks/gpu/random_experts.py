@@ -9,10 +9,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from offload.disk import DiskTier
 from offload.keys import ExpertKey
 from quant.layout import ExpertLayout
 
 _TEMPLATES = 8
+_MARK_NBYTES = 64
 
 
 def expert_blobs(layout: ExpertLayout, count: int, device: torch.device) -> list[Tensor]:
@@ -31,19 +33,22 @@ def _blob(layout: ExpertLayout, device: torch.device, generator: torch.Generator
     return blob
 
 
-class RandomExperts:
-    """Stands where a DiskTier stands: every expert of a model, as if it were read from a file.
+class RandomExperts(DiskTier):
+    """Every expert of a model, as if it were read from a file, though there is none.
 
     A few experts are made and serve for all: what is measured depends on where bytes lie, and
-    each has a place of its own there.
+    each has a place of its own there. So what holds one of them already is left as it is, and
+    main memory that several arms share is written once.
     """
 
     def __init__(
         self, layout: ExpertLayout, keys: Iterable[ExpertKey], device: torch.device
     ) -> None:
+        """Opens nothing."""
         self._layout, self._numbers = layout, {key: i for i, key in enumerate(keys)}
         made = expert_blobs(layout, min(_TEMPLATES, len(self._numbers)), device)
         self._templates = [blob.cpu() for blob in made]
+        self._marks = {_mark(template) for template in self._templates}
 
     @property
     def keys(self) -> list[ExpertKey]:
@@ -73,10 +78,17 @@ class RandomExperts:
         return self._layout.nbytes
 
     def read_into(self, key: ExpertKey, buffer: memoryview) -> int:
-        """Write an expert to the beginning of `buffer`; lets other threads run meanwhile."""
+        """See to it that an expert is at the beginning of `buffer`."""
         template = self._templates[self._numbers[key] % len(self._templates)]
-        torch.frombuffer(buffer, dtype=torch.uint8)[: template.numel()].copy_(template)
+        place = torch.frombuffer(buffer, dtype=torch.uint8)[: template.numel()]
+        if _mark(place) not in self._marks:
+            place.copy_(template)
         return self._layout.nbytes
 
     def close(self) -> None:
         pass
+
+
+def _mark(blob: Tensor) -> bytes:
+    """By what an expert is known: what it begins and ends with."""
+    return blob[:_MARK_NBYTES].numpy().tobytes() + blob[-_MARK_NBYTES:].numpy().tobytes()

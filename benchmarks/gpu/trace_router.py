@@ -3,20 +3,16 @@
 Legend: P positions, L MoE layers, E experts of a layer, k choices a token, T tokens, H hidden.
 """
 
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moecli.models.moe import Routing
+
 Skew = Literal["uniform", "zipf"]
 ZIPF_EXPONENT = 1.0
 STAY = 2.0  # added to the log-probability of what the last token chose in this layer
-
-
-class Router(Protocol):
-    """What a decoder's own router does."""
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def make_trace(
@@ -46,17 +42,13 @@ def make_trace(
 
 
 class Clock:
-    """Positions that all routers of a decoder look at.
-
-    `step` is what a captured step advances by itself; `chunk` is set before a chunk of a prompt.
-    """
+    """Counts the tokens of a conversation where they are computed: nobody tells it in a step."""
 
     def __init__(self, device: torch.device) -> None:
-        self.step: Tensor | None = None  # int64 [1]
-        self.chunk = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def position(self, num_tokens: int) -> Tensor:
-        return self.step if num_tokens == 1 and self.step is not None else self.chunk
+    def restart(self) -> None:
+        self.position.zero_()
 
 
 class Trace:
@@ -65,21 +57,32 @@ class Trace:
     def __init__(self, choices: Tensor, device: torch.device) -> None:
         self.choices = choices.to(device)  # [P, L, k]
 
+    @property
+    def num_layers(self) -> int:
+        return self.choices.shape[1]
+
     def become(self, choices: Tensor) -> None:
         self.choices.copy_(choices)
 
 
 class TraceRouter:
-    """Does the work of the router it replaces, and returns the choices of the trace instead."""
+    """Does the work of the router it replaces, and returns the choices of the trace instead.
 
-    def __init__(self, router: Router, trace: Trace, clock: Clock, layer_index: int) -> None:
+    That of the last layer sets the clock forward.
+    """
+
+    def __init__(self, router: Routing, trace: Trace, clock: Clock, layer_index: int) -> None:
         self._router, self._trace, self._clock = router, trace, clock
         self._layer_index = layer_index
+        self.weight = router.weight
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> topk_ids [T, k], topk_weights [T, k]; no word from the host."""
         _, weights = self._router(x)
-        choices = self._trace.choices
+        choices, position = self._trace.choices, self._clock.position
         offsets = torch.arange(x.shape[0], device=choices.device)
-        positions = (self._clock.position(x.shape[0]) + offsets) % choices.shape[0]  # [T]
-        return choices[:, self._layer_index].index_select(0, positions), weights
+        positions = (position + offsets) % choices.shape[0]  # [T]
+        chosen = choices[:, self._layer_index].index_select(0, positions)
+        if self._layer_index == self._trace.num_layers - 1:
+            position.add_(x.shape[0])
+        return chosen, weights

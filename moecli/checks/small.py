@@ -59,6 +59,20 @@ def _positioned(
     )
 
 
+def routing(device: torch.device) -> None:
+    """Both kinds of weights; numbers of experts that are no power of two."""
+    for kind, num_experts, top_k, normalize in (
+        ("sigmoid", 16, 1, False),
+        ("softmax", 100, 7, True),
+    ):
+        logits = random(5, num_experts, seed=11)
+        ids, weights = fused.choose_experts(logits, top_k, kind, normalize)
+        with kernels_chosen(device):
+            found = fused.choose_experts(logits.to(device), top_k, kind, normalize)
+        equal(f"choices, {kind}", found[0], ids)
+        agree(f"weights, {kind}", found[1], weights, _FINE)
+
+
 def heads(device: torch.device) -> None:
     """Norms, RoPE and temperature in both orders; the key and value land in their slot alone."""
     angles = torch.arange(_D // 2)[None] * 0.37
@@ -117,6 +131,7 @@ def embedding(device: torch.device) -> None:
 
 def small_cases() -> Iterator[Case]:
     yield Case("kernels", "norms and activations", norms)
+    yield Case("kernels", "choices of a router", routing)
     yield Case("kernels", "heads and the KV cache", heads)
     yield Case("kernels", "attention of one token", attention)
     yield Case("kernels", "rows of an embedding", embedding)

@@ -1,6 +1,7 @@
 """Knows the small operations between matrix products: schema, shape function, reference, backend.
 
-Legend: T tokens, H hidden, D head size, N query heads, K key heads, C slots of a layer's cache.
+Legend: T tokens, H hidden, D head size, N query heads, K key heads, C slots of a layer's cache,
+E experts, k experts a token.
 
 CPU tensors take the references, plain PyTorch, and CUDA tensors the Triton kernels, unless
 `set_backend` says otherwise. None of these operations waits for the device or depends on a Python
@@ -51,6 +52,16 @@ def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor | None, eps: fl
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of any one shape."""
     result: Tensor = torch.ops.moecli.silu_mul(gate, up)
+    return result
+
+
+def choose_experts(logits: Tensor, top_k: int, kind: str, normalize: bool) -> tuple[Tensor, Tensor]:
+    """logits [T, E] -> ids int64 [T, k], the most wanted first, and weights [T, k] in their dtype.
+
+    `kind` makes numbers weights: "sigmoid" of each, or "softmax" of all. `normalize`: those of a
+    token add up to 1.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.moecli.choose_experts(logits, top_k, kind, normalize)
     return result
 
 
@@ -161,6 +172,26 @@ def _silu_mul_shape(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty_like(gate)
 
 
+def _choose_experts(
+    logits: Tensor, top_k: int, kind: str, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    if kind == "sigmoid":
+        chosen, ids = logits.topk(top_k, dim=-1)
+        weights = chosen.float().sigmoid()
+    else:
+        weights, ids = logits.float().softmax(dim=-1).topk(top_k, dim=-1)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return ids, weights.to(logits.dtype)
+
+
+def _choose_experts_shape(
+    logits: Tensor, top_k: int, kind: str, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
+
+
 def _rotate_and_store(
     q: Tensor,
     k: Tensor,
@@ -217,7 +248,7 @@ def _gather_rows_shape(
     return ids.new_empty(ids.shape[0], hidden_size, dtype=dtype)
 
 
-def _kernel(name: str, default: str) -> Callable[..., Tensor]:
+def _kernel(name: str, default: str) -> Callable[..., Any]:
     from moecli.models.kernels import heads, rows
 
     if default == "reference" and not rows.INTERPRETED:
@@ -225,17 +256,17 @@ def _kernel(name: str, default: str) -> Callable[..., Tensor]:
             "Triton's kernels need a CUDA device",
             "leave out `--kernels triton`, or set TRITON_INTERPRET=1 to test them slowly",
         )
-    kernel: Callable[..., Tensor] = getattr(rows, name, None) or getattr(heads, name)
+    kernel: Callable[..., Any] = getattr(rows, name, None) or getattr(heads, name)
     return kernel
 
 
-def _dispatcher(name: str, reference: Callable[..., Tensor], default: str) -> Callable[..., Tensor]:
+def _dispatcher(name: str, reference: Callable[..., Any], default: str) -> Callable[..., Any]:
     """The op on one kind of device, where `default` is what "auto" means.
 
     Raises MoecliError where the kernels are wanted and can run neither there nor in an interpreter.
     """
 
-    def compute(*args: Any) -> Tensor:
+    def compute(*args: Any) -> Any:
         backend = default if _backend == "auto" else _backend
         return _kernel(name, default)(*args) if backend == "triton" else reference(*args)
 
@@ -247,6 +278,10 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "add_rms_norm(Tensor(a!) residual, Tensor delta, Tensor? weight, float eps) -> Tensor": (
         _add_rms_norm,
         _add_rms_norm_shape,
+    ),
+    "choose_experts(Tensor logits, int top_k, str kind, bool normalize) -> (Tensor, Tensor)": (
+        _choose_experts,
+        _choose_experts_shape,
     ),
     "silu_mul(Tensor gate, Tensor up) -> Tensor": (_silu_mul, _silu_mul_shape),
     "rotate_and_store(Tensor q, Tensor k, Tensor v, Tensor turns, Tensor? temperature, "

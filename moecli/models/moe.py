@@ -4,13 +4,14 @@ Legend of the shapes: T tokens, H hidden, E experts, k experts a token.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moecli.models.attention import Weight, Weights
 from moecli.models.config import ModelSpec
-from moecli.models.fused import silu_mul
+from moecli.models.fused import choose_experts, silu_mul
 from moecli.models.provider import ExpertProvider, Ready
 from quant.ops import linear
 
@@ -32,6 +33,14 @@ class Mlp:
         return gated_mlp(x, *self.weights)
 
 
+class Routing(Protocol):
+    """What a block asks which experts a token goes to: its Router, or a stand-in for it."""
+
+    weight: Weight
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class Router:
     """Which experts a token goes to, and how much they count."""
 
@@ -44,14 +53,7 @@ class Router:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> topk_ids [T, k] int64, topk_weights [T, k] in x.dtype."""
         logits = linear(x, self.weight)  # [T, E]
-        if self.kind == "sigmoid":
-            chosen, ids = logits.topk(self.top_k, dim=-1)
-            scores = chosen.float().sigmoid()
-        else:
-            scores, ids = logits.float().softmax(dim=-1).topk(self.top_k, dim=-1)
-        if self.normalize:
-            scores = scores / scores.sum(dim=-1, keepdim=True)
-        return ids, scores.to(x.dtype)
+        return choose_experts(logits, self.top_k, self.kind, self.normalize)
 
 
 class MoeBlock:
@@ -61,7 +63,7 @@ class MoeBlock:
         self, spec: ModelSpec, layer: int, weights: Weights, experts: ExpertProvider
     ) -> None:
         self.layer = layer
-        self.router = Router(spec, layer, weights)
+        self.router: Routing = Router(spec, layer, weights)
         self.experts = experts
         self.shared: Mlp | None = None
         if spec.shared_intermediate_size:

@@ -1,6 +1,7 @@
 """The operations between matrix products: kernels against references, references against fp64."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from moecli.errors import MoecliError
 from moecli.models import fused
+from tests.devices import DEVICE, examples
+from tests.triton_compile import compiling, run_python
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative to the largest number; the interpreter cuts off where devices round to bfloat16, up to
 # four times in a row.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4 * 2**-7, torch.float16: 4 * 2**-11}
 DTYPES = st.sampled_from(list(TOLERANCE))
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=examples(25), deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,47 @@ def test_silu_of_extremes_is_finite():
 
 
 @QUICK
+@given(
+    tokens=st.integers(0, 3),
+    num_experts=st.sampled_from([1, 3, 16, 40, 130]),
+    share=st.floats(0, 1),
+    kind=st.sampled_from(["sigmoid", "softmax"]),
+    normalize=st.booleans(),
+    dtype=DTYPES,
+)
+def test_choose_experts(tokens, num_experts, share, kind, normalize, dtype):
+    """Logits of a token all differ: which of two equals comes first is nobody's promise."""
+    top_k = 1 + round(share * (min(num_experts, 10) - 1))
+    order = random(tokens, num_experts).argsort(-1)
+    logits = ((order - num_experts // 2) / 4).to(dtype)
+    (expected, _), (found, _) = both(fused.choose_experts, logits, top_k, kind, normalize)
+    assert torch.equal(found[0], expected[0])
+    weights = logits.double().sigmoid() if kind == "sigmoid" else logits.double().softmax(-1)
+    exact = weights.gather(1, found[0])
+    exact = exact / exact.sum(-1, keepdim=True) if normalize else exact
+    for weights in (expected[1], found[1]):
+        assert weights.dtype == dtype
+        if tokens:
+            assert_close(weights.double(), exact, dtype)
+
+
+def test_equal_logits_choose_distinct_experts():
+    logits = torch.zeros(1, 6, device=DEVICE)
+    for (ids, weights), _ in both(fused.choose_experts, logits, 4, "softmax", False):
+        assert len(set(ids.tolist()[0])) == 4
+        assert torch.allclose(weights, torch.full_like(weights, 1 / 6))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_what_is_no_number_chooses_experts_that_exist(kind):
+    logits = torch.full((2, 5), torch.nan, device=DEVICE)
+    for (ids, _), _ in both(fused.choose_experts, logits, 3, kind, True):
+        assert ids.min() >= 0
+        assert ids.max() < 5
+
+
+@QUICK
 @given(size=st.integers(1, 1100), ids=st.lists(st.integers(0, 8), max_size=4), dtype=DTYPES)
 def test_gather_rows(size, ids, dtype):
     table = random(9, size, dtype=dtype)
@@ -159,7 +202,7 @@ def exact_attention(q: Tensor, keys_values: Tensor, length: int) -> Tensor:
     return torch.einsum("hl,hld->hd", scores.softmax(-1), values).flatten()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (5, 1), (3, 3), (20, 1)]),
     size=st.sampled_from([8, 16, 20]),
@@ -214,7 +257,11 @@ def test_kernels_without_a_device_are_refused_in_words(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "add_rms_norm", "silu_mul", "rotate_and_store", "decode_attention"]
+    "name",
+    [
+        *("rms_norm", "add_rms_norm", "silu_mul", "choose_experts"),
+        *("rotate_and_store", "decode_attention"),
+    ],
 )
 def test_shape_functions_and_schemas(name):
     """opcheck: outputs are new, what is written is declared, fake tensors get the right shapes."""
@@ -227,6 +274,7 @@ def test_shape_functions_and_schemas(name):
         "rms_norm": (x, weight, 1e-5),
         "add_rms_norm": (x, x + 1, weight, 1e-5),
         "silu_mul": (x, x + 1),
+        "choose_experts": (x, 3, "softmax", True),
         "rotate_and_store": (q, kv, kv, turns, None, None, "half", "none", 0.0, length, cache),
         "decode_attention": (q.bfloat16(), cache, length, 2, torch.float32),
     }
@@ -235,3 +283,25 @@ def test_shape_functions_and_schemas(name):
         fused.set_backend(backend)
         op = getattr(torch.ops.moecli, name).default
         torch.library.opcheck(op, args[name], test_utils=tests)
+
+
+def compile_all() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
+    """PTX and spilled bytes for each GPU: attention of Llama 4 Scout, routing of Qwen3."""
+    from moecli.models.kernels import heads, rows
+
+    cache, queries = torch.zeros(2, 8, 8192, 128).bfloat16(), torch.zeros(1, 40, 128).bfloat16()
+    found = {}
+    for capability in (75, 86, 120):
+        with compiling(capability) as programs:
+            heads.decode_attention(queries, cache, torch.tensor([1]), 32, torch.bfloat16)
+            rows.choose_experts(torch.zeros(1, 128).bfloat16(), 8, "softmax", True)
+        found[str(capability)] = (programs, programs.spilled)
+    return found
+
+
+def test_kernels_compile_and_attention_has_matrix_units_where_there_are_some(tmp_path: Path):
+    found = run_python(compile_all, tmp_path, interpret=False)
+    for capability, (programs, spilled) in found.items():
+        assert ("mma.sync" in programs["_attend_kernel"]) == (int(capability) >= 80)
+        assert not any(spilled.values()), spilled
+        assert "bar.sync" not in programs["_choose_experts_kernel"]

@@ -1,5 +1,6 @@
-"""A simulated device's experts, and the host's own classes beside a device cache as its oracle."""
+"""A device's experts, and the host's own classes beside a device cache as its oracle."""
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from offload.device_cache import DeviceCache, LaneCounts
 from offload.keys import ExpertKey
 from offload.policy import LruPolicy
 from offload.table import SlotTable
+from tests.devices import DEVICE, reachable
 
 ALL_LINK = list(range(65))
 EXPERT_NBYTES = 37  # odd: the last piece of 16 bytes is not whole
@@ -21,7 +23,8 @@ class Experts:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         generator = torch.Generator().manual_seed(5)
         shape = (num_layers, num_experts, PADDED_NBYTES)
-        self.memory = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        memory = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        self.memory = reachable(memory)
         first = self.memory.data_ptr()
         assert first % 16 == 0
         numbers = torch.arange(num_layers * num_experts).view(num_layers, num_experts)
@@ -44,7 +47,7 @@ class Experts:
             num_slots,
             SLOT_NBYTES,
             EXPERT_NBYTES,
-            "cpu",
+            DEVICE,
             self.addresses.clone(),
             placement,
             torch.tensor(counts),
@@ -54,10 +57,18 @@ class Experts:
 
 def step(cache: DeviceCache, layer: int, experts: Sequence[int]) -> tuple[dict[int, int], set[int]]:
     """Resolve and fetch -> (expert -> address, experts of the host)"""
-    cache.resolve(layer, torch.tensor(experts))
+    cache.resolve(layer, torch.tensor(experts, device=DEVICE))
     cache.fetch()
     addresses = {e: a for e, a in enumerate(cache.step_addresses.tolist()) if a}
     return addresses, {e for e, mask in enumerate(cache.host_mask.tolist()) if mask}
+
+
+def bytes_read(cache: DeviceCache, address: int) -> bytes:
+    """What a kernel finds at the address of an expert: in a slot, or in main memory."""
+    start = address - cache._slots.data_ptr()
+    if 0 <= start < cache.nbytes:
+        return cache._slots[start : start + EXPERT_NBYTES].cpu().numpy().tobytes()
+    return ctypes.string_at(address, EXPERT_NBYTES)
 
 
 class HostTwin:

@@ -1,7 +1,5 @@
 """Residency as the device decides it is the host policy's, by reference and by kernel."""
 
-import ctypes
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,10 +20,15 @@ from offload import device_ops
 from offload.device_cache import DeviceCache, LaneCounts
 from offload.errors import OffloadError
 from offload.keys import ExpertKey
-from tests.offload.device_twin import EXPERT_NBYTES, SLOT_NBYTES, Experts, HostTwin, step
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+from tests.devices import examples
+from tests.offload.device_twin import (
+    EXPERT_NBYTES,
+    SLOT_NBYTES,
+    Experts,
+    HostTwin,
+    bytes_read,
+    step,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +71,7 @@ class DeviceCacheMachine(RuleBasedStateMachine):
         got = step(self.cache, layer, ids)
         assert got == self.twin.step(layer, ids)
         for expert, address in got[0].items():
-            blob = ctypes.string_at(address, EXPERT_NBYTES)
-            assert blob == self.experts.read((layer, expert))
+            assert bytes_read(self.cache, address) == self.experts.read((layer, expert))
 
     @rule(key=st.tuples(st.integers(0, 1), st.integers(0, 5)), reachable=st.booleans())
     def move(self, key: ExpertKey, reachable: bool) -> None:
@@ -96,7 +98,7 @@ def test_random_use(backend: str, num_examples: int, num_steps: int) -> None:
     DeviceCacheMachine.experts = Experts(2, 6)
     phases = set(Phase) - ({Phase.shrink, Phase.explain} if backend == "triton" else set())
     steps = settings(
-        max_examples=num_examples,
+        max_examples=examples(num_examples),
         stateful_step_count=num_steps,
         deadline=None,
         phases=phases,  # a failure is not made small in the interpreter: it takes minutes

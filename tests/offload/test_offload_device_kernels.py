@@ -12,10 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload import device_ops
 from offload.device_cache import DeviceCache, LaneCounts
+from tests.devices import DEVICE, reachable
 from tests.offload.device_twin import Experts, HostTwin, step
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 BACKENDS = ("torch", "triton")
 
@@ -58,7 +56,7 @@ def test_kernel_and_reference_leave_the_same_state(
         ids = torch.randint(0, 150 if turn % 3 else 30, (size,), generator=generator)
         for name, cache in caches.items():
             device_ops.set_backend(name)
-            cache.resolve(turn % 3, ids.view(-1, 1))
+            cache.resolve(turn % 3, ids.view(-1, 1).to(DEVICE))
             cache.fetch()
         assert state(caches["triton"]) == state(caches["torch"])
     caches["triton"].check_integrity(experts.read)
@@ -102,15 +100,17 @@ def test_copies_of_many_blocks_are_whole_and_touch_nothing_else(
     assert triton is not None
     device_ops.set_backend(backend)
     nbytes, slot_nbytes = 64 * 4 * 2 + 48, 1024
-    source = torch.randint(0, 256, (num_experts, nbytes), dtype=torch.uint8)
-    slots = torch.full((num_experts * slot_nbytes,), 7, dtype=torch.uint8)
-    src = source.data_ptr() + torch.arange(num_experts) * nbytes
-    dst = slots.data_ptr() + torch.arange(num_experts).flip(0) * slot_nbytes
+    source = reachable(torch.randint(0, 256, (num_experts, nbytes), dtype=torch.uint8))
+    slots = torch.full((num_experts * slot_nbytes,), 7, dtype=torch.uint8, device=DEVICE)
+    number = torch.arange(num_experts, device=DEVICE)
+    src = source.data_ptr() + number * nbytes
+    dst = slots.data_ptr() + number.flip(0) * slot_nbytes
     num_copies = max(1, num_experts - 1)
-    torch.ops.moecli_offload.fetch(src, dst, torch.tensor([num_copies]).int(), nbytes, slots)
+    count = torch.tensor([num_copies], dtype=torch.int32, device=DEVICE)
+    torch.ops.moecli_offload.fetch(src, dst, count, nbytes, slots)
     expected = torch.full((num_experts, slot_nbytes), 7, dtype=torch.uint8)
     expected[:num_copies, :nbytes] = source[:num_copies]
-    assert torch.equal(slots.view(num_experts, slot_nbytes).flip(0), expected)
+    assert torch.equal(slots.cpu().view(num_experts, slot_nbytes).flip(0), expected)
 
 
 class Recorder(TorchDispatchMode):
@@ -132,7 +132,7 @@ def test_a_step_is_two_ops_that_can_be_replayed(placement: str) -> None:
     experts = Experts(2, 6)
     cache = experts.cache(3, placement)
     twin = HostTwin(cache)
-    ids = torch.tensor([[0, 5]])
+    ids = torch.tensor([[0, 5]], device=DEVICE)
     with Recorder() as recorder:
         cache.resolve(1, ids)
         cache.fetch()
@@ -161,9 +161,9 @@ def test_schemas_and_shape_functions_are_true(backend: str) -> None:
     device_ops.set_backend(backend)
     cache = Experts(2, 6).cache(3)
     with Recorder() as recorder:
-        cache.resolve(1, torch.tensor([4, 4, 0]))
+        cache.resolve(1, torch.tensor([4, 4, 0], device=DEVICE))
         cache.fetch()
-        cache.resolve(0, torch.tensor([1, 5, 2]))
+        cache.resolve(0, torch.tensor([1, 5, 2], device=DEVICE))
     cache._fetch_count.zero_()
     checks = ("test_schema", "test_faketensor")
     for func, args in recorder.calls:

@@ -6,7 +6,6 @@ They run on poisoned memory: what is read before it was written is NaN.
 
 import ctypes
 import mmap
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +19,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from quant.kernels.triton import grouped, linear
+from quant.kernels.triton.card import Card
 from quant.layout import ExpertLayout
 from quant.quantize import dequantize
 from quant.scheme import BITS, GROUP_SIZES, QuantScheme
 from quant.tensor import QuantizedWeight
-from tests.quant.quant_experts import DEVICES, Experts, assert_close, random, random_weight
+from tests.devices import DEVICE, examples
+from tests.quant.quant_experts import Experts, assert_close, random, random_weight
 from tests.triton_compile import compiling, run_python
 
-DEVICE = DEVICES[-1]
 # Of the largest value: fp32 is summed in another order; the others round weights and results too,
 # and Triton's interpreter does not round to the nearest.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.5e-2, torch.float16: 3e-3}
@@ -63,43 +61,43 @@ def check_product(
     assert_close(y, x.double() @ dequantize(weight, torch.float64).t(), TOLERANCES[dtype])
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(12), deadline=None, derandomize=True)
 @given(
     num_tokens=st.integers(1, 8),
     rows=st.integers(1, 9),
     groups=st.integers(1, 20),
     scheme=SCHEMES,
     dtype=DTYPES,
-    programs=st.sampled_from([1, 2048]),
+    warps=st.sampled_from([1, 2, 8]),
 )
-@example(1, 5, 36, QuantScheme(4, 64), torch.float32, 2048)  # three blocks, the last one half
+@example(1, 5, 36, QuantScheme(4, 64), torch.float32, 4)  # three blocks, the last one half
 @example(1, 5, 36, QuantScheme(4, 64), torch.float32, 1)
 @example(8, 3, 9, QuantScheme(8, 128), torch.float32, 2)
 def test_few_tokens(
-    num_tokens: int, rows: int, groups: int, scheme: QuantScheme, dtype: Any, programs: int
+    num_tokens: int, rows: int, groups: int, scheme: QuantScheme, dtype: Any, warps: int
 ) -> None:
-    with patch.object(linear, "_FEW_PROGRAMS", programs):
+    with patch.object(Card, "warps_a_row", lambda *_: warps):
         check_product(num_tokens, rows, groups * scheme.group_size, scheme, dtype)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(12), deadline=None, derandomize=True)
 @given(
     num_tokens=st.integers(9, 40),
     rows=st.integers(1, 70),
     groups=st.integers(1, 10),
     scheme=SCHEMES,
     dtype=DTYPES,
-    programs=st.sampled_from([1, 256]),
+    units=st.sampled_from([1, 128]),
 )
 @example(
-    9, 70, 9, QuantScheme(4, 32), torch.float32, 256
+    9, 70, 9, QuantScheme(4, 32), torch.float32, 128
 )  # three blocks of columns, one split each
 @example(130, 65, 5, QuantScheme(4, 32), torch.bfloat16, 1)  # three blocks of tokens
 @example(40, 520, 1, QuantScheme(8, 32), torch.float32, 1)  # two bands of two blocks of tokens
 def test_many_tokens(
-    num_tokens: int, rows: int, groups: int, scheme: QuantScheme, dtype: Any, programs: int
+    num_tokens: int, rows: int, groups: int, scheme: QuantScheme, dtype: Any, units: int
 ) -> None:
-    with patch.object(linear, "_MANY_PROGRAMS", programs):
+    with patch.object(linear, "card_of", lambda _: Card(80, units)):
         check_product(num_tokens, rows, groups * scheme.group_size, scheme, dtype)
 
 
@@ -191,7 +189,7 @@ def spans(draw: st.DrawFn) -> tuple[int, int, int]:
     return groups, begin, draw(st.integers(begin + 1, groups))
 
 
-@settings(max_examples=14, deadline=None, derandomize=True)
+@settings(max_examples=examples(14), deadline=None, derandomize=True)
 @given(
     scheme=SCHEMES,
     hidden_groups=st.integers(1, 3),
@@ -218,7 +216,17 @@ def test_routed_experts(
     present = data.draw(st.sets(st.integers(0, num_experts - 1)), "present")
     call = Call(layout, num_tokens, top_k, num_experts, dtype, seed=num_tokens)
     arguments = (weight_on_input, present, (begin, end))
-    assert_close(call.sums(*arguments), call.exact(*arguments), TOLERANCES[dtype])
+    tolerance = max(TOLERANCES[dtype], TOLERANCES[grouped._between(dtype)])
+    assert_close(call.sums(*arguments), call.exact(*arguments), tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # the interpreter, in exp
+def test_what_lies_between_the_projections_may_be_more_than_fp16_holds() -> None:
+    call = Call(ExpertLayout(64, 64, QuantScheme()), 12, 2, 3, torch.float16)
+    call.hidden *= 2000
+    exact = call.exact()
+    assert exact.abs().max() > 1e6, "nothing would have been too large"
+    assert_close(call.sums(), exact, TOLERANCES[torch.bfloat16])
 
 
 def test_blocks_of_tokens_rows_and_columns() -> None:
@@ -300,7 +308,8 @@ def test_workspace_is_bounded_and_as_said(passes: int) -> None:
     whole = grouped.workspace_nbytes(30, 2, layout, 4)
     assert whole == 30 * (64 * 4 + 2 * (96 * 4 + 64 * 4 + 96))
     limit = whole if passes == 1 else whole // 3
-    given_tensors = (torch.zeros(30, 64), call.hidden, call.ids, call.weights)
+    inputs = (torch.zeros(30, 64), call.hidden, call.ids, call.weights)
+    given_tensors = tuple(tensor.to(DEVICE) for tensor in inputs)
     addresses = call.experts.addresses()
     with patch.object(grouped, "WORKSPACE_NBYTES", limit):
         assert grouped.workspace_nbytes(30, 2, layout, 4) == limit
@@ -330,8 +339,8 @@ def test_workspace_is_bounded_and_as_said(passes: int) -> None:
 def test_every_choice_whose_expert_is_here_is_in_one_block(
     ids: list[int], present: set[int], block_tokens: int
 ) -> None:
-    addresses = torch.tensor([64 * (expert in present) for expert in range(7)])
-    choices = grouped._sort(torch.tensor(ids), addresses, block_tokens)
+    addresses = torch.tensor([64 * (expert in present) for expert in range(7)], device=DEVICE)
+    choices = grouped._sort(torch.tensor(ids, device=DEVICE), addresses, block_tokens)
     found = []
     for expert, start in zip(choices.expert.tolist(), choices.start.tolist(), strict=True):
         if expert < 7:
@@ -341,12 +350,12 @@ def test_every_choice_whose_expert_is_here_is_in_one_block(
     assert sorted(found) == [place for place, expert in enumerate(ids) if expert in present]
 
 
-CAPABILITIES = (75, 120)
+CAPABILITIES = (75, 100, 120)
 
 
-def compile_all() -> dict[str, dict[str, str]]:
-    """PTX of each kernel for each GPU, at the shapes of Llama 4 Scout."""
-    found: dict[str, dict[str, str]] = {}
+def compile_all() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
+    """PTX and spilled bytes of each kernel for each GPU, at the shapes of Llama 4 Scout."""
+    found = {}
     layout = ExpertLayout(5120, 8192, QuantScheme(4, 32))
     weight = QuantizedWeight(
         torch.zeros(1024, 1280, dtype=torch.int32),
@@ -354,34 +363,33 @@ def compile_all() -> dict[str, dict[str, str]]:
         QuantScheme(8, 128),
     )
     for capability in CAPABILITIES:
-        num_tokens = 1024 if capability >= 80 else 16  # without matrix units: smaller programs
-        x = torch.zeros(num_tokens, 5120, dtype=torch.bfloat16)
-        with compiling(capability) as dense:
+        x = torch.zeros(1024, 5120, dtype=torch.bfloat16)
+        with compiling(capability) as programs:
             linear.linear_quantized(x[:1], weight)
+            linear.linear_quantized(x[:16], weight)  # rows are split
             linear.linear_quantized(x, weight)
-        with compiling(capability) as experts:
             grouped.add_routed_experts(
-                torch.zeros(num_tokens, 5120), x,
-                torch.zeros(num_tokens, 1, dtype=torch.int64), x[:, :1].clone(),
+                torch.zeros(1024, 5120), x,
+                torch.zeros(1024, 1, dtype=torch.int64), x[:, :1].clone(),
                 torch.zeros(16, dtype=torch.int64),
                 layout, activation="silu", weight_on_input=True, span=(0, 8192),
             )  # fmt: skip
-        found[str(capability)] = dense | {f"experts{name}": experts[name] for name in experts}
+        found[str(capability)] = (programs, programs.spilled)
     return found
 
 
 def test_kernels_compile_to_wide_loads_and_matrix_units(tmp_path: Path) -> None:
     found = run_python(compile_all, tmp_path, interpret=False)
-    kernels = ("_many_kernel", "experts_gate_up_kernel", "experts_down_kernel")
+    kernels = ("_many_kernel", "_gate_up_kernel", "_down_kernel")
     for capability in CAPABILITIES:
-        programs = found[str(capability)]
-        assert set(programs) == {"_few_kernel", "_sum_kernel", "experts_sum_kernel", *kernels}
+        programs, spilled = found[str(capability)]
+        assert set(programs) == {"_few_kernel", "_sum_kernel", "_add_kernel", *kernels}
         assert not any("trap;" in program for program in programs.values())
+        assert max(spilled.values()) <= 128, spilled  # four times as much where tiles do not fit
         loads = re.findall(r"ld\.global\.L1::evict_first\S*", programs["_few_kernel"])
         assert len(loads) == 4, loads  # one a row, of 16 bytes a thread
         assert all(load.endswith("v4.b32") for load in loads), loads
-        assert "bar.sync" not in programs["_few_kernel"]
-        for name in kernels if capability >= 80 else ():
+        for name in kernels if capability == 120 else ():
             program = programs[name]
             assert "mma.sync" in program
             copies = re.findall(r"cp\.async\S+ \[[^]]*\], \[[^]]*\], (\w+)", program)
@@ -389,3 +397,5 @@ def test_kernels_compile_to_wide_loads_and_matrix_units(tmp_path: Path) -> None:
             # Codes become numbers in the registers of the threads that multiply them; when they
             # pass through shared memory, there are 64 stores and more.
             assert len(re.findall(r"st\.shared", program)) <= 32, name
+        for name in kernels if capability == 100 else ():
+            assert "tcgen05.mma" in programs[name]

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moecli.models.kernels.rows import INTERPRETED
+from quant.kernels.triton.card import card_of
+
 # Bytes of a tile of keys, and slots at most: tiles of more would not fit the shared memory of the
 # smallest cards, or leave room for one program only on the larger ones.
 _TILE_NBYTES = 16 << 10
@@ -310,6 +313,6 @@ def _block_length(dot: tl.dtype, block_size: int) -> int:
 
 def _dot_dtype(cache: Tensor) -> tl.dtype:
     """Triton's interpreter cannot multiply bfloat16, and before sm_80 it uses no matrix units."""
-    if not cache.is_cuda or torch.cuda.get_device_capability(cache.device) < (8, 0):
+    if INTERPRETED or card_of(cache.device).capability < 80:
         return tl.float32
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(cache.dtype, tl.float32)

@@ -1,4 +1,5 @@
-"""Knows kernels that treat rows one by one: norms, the MLP's activation, the embedding's lookup.
+"""Knows kernels that treat rows one by one: norms, the MLP's activation, routing, the embedding's
+lookup.
 
 Every launcher here takes the arguments of its op in moecli.models.fused. Rounding follows the
 references: where those hold a value in the compute dtype, so do the kernels.
@@ -56,6 +57,47 @@ def _silu_mul_kernel(gate, up, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _choose_experts_kernel(
+    logits,  # [T, E]
+    ids,  # int64 [T, TOP_K]
+    weights,  # [T, TOP_K]
+    num_experts,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """One token: the largest number is taken and struck out, as often as experts are wanted."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    place = tl.arange(0, CHOICES)
+    here = expert < num_experts
+    scores = tl.load(logits + token * num_experts + expert, here, other=-float("inf"))
+    scores = scores.to(tl.float32)
+    total = 1.0
+    if not SIGMOID:
+        scores = tl.exp(scores - tl.max(scores, axis=0))
+        total = tl.sum(scores, axis=0)
+    left = tl.where(here, scores, -float("inf"))
+    chosen = tl.zeros([CHOICES], tl.int32)
+    found = tl.zeros([CHOICES], tl.float32)
+    for turn in tl.static_range(TOP_K):
+        largest = tl.max(left, axis=0)
+        # Where logits are no numbers, any expert will do, but it must be one.
+        which = tl.minimum(tl.argmax(left, axis=0), num_experts - 1)
+        chosen = tl.where(place == turn, which, chosen)
+        found = tl.where(place == turn, largest, found)
+        left = tl.where(expert == which, -float("inf"), left)
+    found = 1.0 / (1.0 + tl.exp(-found)) if SIGMOID else found / total
+    if NORMALIZE:
+        found = found / tl.sum(tl.where(place < TOP_K, found, 0.0), axis=0)
+    at = token * TOP_K + place
+    tl.store(ids + at, chosen.to(tl.int64), place < TOP_K)
+    tl.store(weights + at, found.to(weights.dtype.element_ty), place < TOP_K)
+
+
+@triton.jit
 def _gather_rows_kernel(address, ids, out, size, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -108,6 +150,23 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         grid = (triton.cdiv(count, _BLOCK),)
         _silu_mul_kernel[grid](gate, up, out, count, BLOCK=_BLOCK)
     return out
+
+
+def choose_experts(logits: Tensor, top_k: int, kind: str, normalize: bool) -> tuple[Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    ids = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty(num_tokens, top_k)
+    if num_tokens:
+        _choose_experts_kernel[(num_tokens,)](
+            *(logits.contiguous(), ids, weights, num_experts),
+            SIGMOID=kind == "sigmoid",
+            NORMALIZE=normalize,
+            TOP_K=top_k,
+            CHOICES=triton.next_power_of_2(top_k),
+            EXPERTS=triton.next_power_of_2(num_experts),
+            num_warps=1,
+        )
+    return ids, weights
 
 
 def gather_rows(address: Tensor, ids: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:

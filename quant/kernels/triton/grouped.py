@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.triton.card import OPTIONS
+from quant.kernels.triton.choices import add_choices, bytes_of
 from quant.kernels.triton.codes import signed_code
 from quant.kernels.triton.linear import (
     BAND,
     BLOCK_COLUMNS,
     BLOCK_ROWS,
-    OPTIONS,
     banded,
     dot,
     load_plane,
@@ -37,7 +38,6 @@ from quant.scheme import WORD_BITS
 
 WORKSPACE_NBYTES = 256 << 20  # tokens are taken in as many passes as this makes necessary
 _CHOICE_NBYTES = 96  # to sort a choice: sorted ids, order, counts; and what the sort itself needs
-_SUM_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def add_routed_experts(
 ) -> None:
     """out += what the choices contribute whose expert is here.
 
-    Weights are rounded to hidden's dtype, and so is what lies between gate, up and down.
+    Weights are rounded to hidden's dtype, and so is what lies between gate, up and down, which for
+    fp16 is bf16.
     """
     assert activation == "silu", f"no kernel has the activation {activation}"
     tokens = _pass_tokens(topk_ids.shape[1], layout, hidden.itemsize)
@@ -98,35 +99,39 @@ def _add_pass(
     weight_on_input: bool,
     span: tuple[int, int],
 ) -> None:
-    (num_tokens, top_k), num_experts = topk_ids.shape, addresses.numel()
+    top_k, num_experts = topk_ids.shape[1], addresses.numel()
     hidden_size, size, bits = layout.hidden_size, span[1] - span[0], layout.scheme.bits
     ids, weights = topk_ids.flatten(), topk_weights.flatten()  # [N]
-    block_tokens = token_block(triton.cdiv(ids.numel(), num_experts), hidden.dtype)
+    block_tokens = token_block(triton.cdiv(ids.numel(), num_experts), hidden)
     choices = _sort(ids, addresses, block_tokens)
     blocks = choices.expert.numel()
-    act = hidden.new_empty(ids.numel(), size)  # [N, C, S / C], by place
+    act = hidden.new_empty(ids.numel(), size, dtype=_between(hidden.dtype))  # [N, C, S / C]
     contributions = out.new_empty(ids.numel(), hidden_size)  # fp32 [N, H], by choice
     table = (choices.order, choices.ends, choices.expert, choices.start, addresses)
     options = _constants(layout, span) | {
         "NUM_EXPERTS": num_experts,
         "BLOCK_TOKENS": block_tokens,
-        "WIDEN": widen(hidden.dtype),
         **OPTIONS,
     }
     _gate_up_kernel[(banded(size) * blocks,)](
         *(act, planes_of(hidden, bits, hidden.dtype), weights, *table, blocks),
         TOP_K=top_k,
         WEIGHT_ON_INPUT=weight_on_input,
+        WIDEN=widen(hidden.dtype),
+        # Of 8-bit codes one tile less is on its way: with it, shared memory of 100 KiB, as most
+        # cards have, would hold one program where the registers hold two.
+        num_stages=2 if bits == 8 else 3,
         **options,
     )
-    _down_kernel[(banded(hidden_size) * blocks,)](contributions, act, *table, blocks, **options)
-    _sum_kernel[(num_tokens, triton.cdiv(hidden_size, _SUM_COLUMNS))](
-        *(out, contributions, ids, addresses),
-        TOP_K=top_k,
-        HIDDEN=hidden_size,
-        COLUMNS=_SUM_COLUMNS,
-        **OPTIONS,
+    _down_kernel[(banded(hidden_size) * blocks,)](
+        *(contributions, act, *table, blocks), WIDEN=widen(act.dtype), **options
     )
+    add_choices(out, contributions, ids.view(-1, top_k), addresses)
+
+
+def _between(dtype: torch.dtype) -> torch.dtype:
+    """What lies between gate, up and down may be far larger than what fp16 can hold."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def _sort(ids: Tensor, addresses: Tensor, block_tokens: int) -> _Sorted:
@@ -159,20 +164,14 @@ def _pass_tokens(top_k: int, layout: ExpertLayout, itemsize: int) -> int:
 
 def _constants(layout: ExpertLayout, span: tuple[int, int]) -> dict[str, int]:
     """What both kernels must know of an expert's bytes, and how they divide it into tiles."""
-    bits, nbytes = layout.scheme.bits, layout.nbytes // 3
-    starts = [part.offset for part in layout.parts[::2]]
-    assert starts == [0, nbytes, 2 * nbytes], "gate, up and down must follow each other evenly"
     return {
         "HIDDEN": layout.hidden_size,
         "INTERMEDIATE": layout.intermediate_size,
         "BEGIN": span[0],
         "SPAN": span[1] - span[0],
-        "BITS": bits,
-        "GROUP_SIZE": layout.scheme.group_size,
-        "PACKED_NBYTES": layout.parts[0].nbytes,
-        "PROJECTION_NBYTES": nbytes,
+        **bytes_of(layout),
         "BLOCK_ROWS": BLOCK_ROWS,
-        "BLOCK_WORDS": BLOCK_COLUMNS * bits // WORD_BITS,
+        "BLOCK_WORDS": BLOCK_COLUMNS * layout.scheme.bits // WORD_BITS,
         "BAND": BAND,
     }
 
@@ -322,26 +321,3 @@ def _down_kernel(
             total,
             here[None, :] & has_row[:, None],
         )
-
-
-@triton.jit
-def _sum_kernel(
-    out,  # fp32 [T, H]
-    contributions,  # fp32 [N, H], undefined where the expert is not here
-    ids,  # int64 [N]
-    addresses,  # int64 [E]
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Program (t, b): a block of out[t] += the contributions of its choices, in order."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < HIDDEN
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for k in range(TOP_K):
-        choice = token * TOP_K + k
-        if tl.load(addresses + tl.load(ids + choice)) != 0:
-            total += tl.load(contributions + choice * HIDDEN + column, inside, other=0.0)
-    place = out + token * HIDDEN + column
-    tl.store(place, tl.load(place, inside, other=0.0) + total, inside)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.triton.card import OPTIONS, card_of
 from quant.kernels.triton.codes import load_groups, signed_code
 from quant.scheme import WORD_BITS, QuantScheme
 from quant.tensor import QuantizedWeight
@@ -18,16 +19,13 @@ from quant.tensor import QuantizedWeight
 FEW_TOKENS = 8  # up to here every weight byte is read once, by a kernel without matrix units
 _FEW_WORDS = 128  # of a row at a time: a warp reads them in pieces of 16 bytes a thread
 _FEW_ROWS = {1: 4, 2: 4, 4: 4, 8: 2}  # rows a program, by tokens: as many as registers hold
-_FEW_PROGRAMS = 2048  # keep the largest card busy; rows are split until there are as many
 BLOCK_COLUMNS = 128  # columns of a weight that a tile of the many-token kernels expands at a time
 BLOCK_ROWS = 64
-_MANY_PROGRAMS = 256
+_MANY_A_MULTIPROCESSOR = 2  # programs of the many-token kernel; rows are split until it has them
 # Tiles that follow each other are of the same tokens; as many rows as this stay in the L2 cache
 # while the next tokens take their turn.
 BAND = 8
 _SUM_COLUMNS = 512
-# A product and a sum are to be one instruction; newer versions of Triton want that said.
-OPTIONS = {"enable_fp_fusion": True}
 
 
 def linear_quantized(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -61,35 +59,33 @@ def _few_tokens(out: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
     block_rows, bits = _FEW_ROWS[block_tokens], weight.scheme.bits
     num_words, words_of_group = weight.packed.shape[1], group_words(weight.scheme)
     blocks = triton.cdiv(weight.out_features, block_rows)
-    split_words, num_splits = split(num_words, _FEW_WORDS, triton.cdiv(_FEW_PROGRAMS, blocks))
-    target = _partials(out, num_splits)
-    _few_kernel[(blocks, num_splits)](
+    warps = card_of(x.device).warps_a_row(blocks, triton.cdiv(num_words, _FEW_WORDS))
+    _few_kernel[(blocks,)](
         planes_of(x, bits, torch.float32),
         weight.packed,
         weight.scale,
-        target,
+        out,
         num_tokens,
         weight.out_features,
-        split_words // words_of_group,
         BITS=bits,
         ROW_GROUPS=weight.scale.shape[1],
         GROUP_WORDS=words_of_group,
         BLOCK_TOKENS=block_tokens,
         BLOCK_ROWS=block_rows,
-        BLOCK_GROUPS=_FEW_WORDS // words_of_group,
-        num_warps=1,
+        BLOCK_GROUPS=warps * _FEW_WORDS // words_of_group,
+        num_warps=warps,
         **OPTIONS,
     )
-    _sum_splits(out, target)
 
 
 def _many_tokens(out: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
     num_tokens, bits = x.shape[0], weight.scheme.bits
     num_words, block_words = weight.packed.shape[1], BLOCK_COLUMNS * bits // WORD_BITS
-    block_tokens = token_block(num_tokens, x.dtype)
+    block_tokens = token_block(num_tokens, x)
     token_blocks = triton.cdiv(num_tokens, block_tokens)
     row_blocks = banded(weight.out_features)
-    wanted = triton.cdiv(_MANY_PROGRAMS, token_blocks * row_blocks)
+    programs = _MANY_A_MULTIPROCESSOR * card_of(x.device).multiprocessors
+    wanted = triton.cdiv(programs, token_blocks * row_blocks)
     split_words, num_splits = split(num_words, block_words, wanted)
     target = _partials(out, num_splits)
     _many_kernel[(token_blocks * row_blocks, num_splits)](
@@ -124,9 +120,10 @@ def group_words(scheme: QuantScheme) -> int:
     return scheme.group_size * scheme.bits // WORD_BITS
 
 
-def token_block(num_tokens: int, dtype: torch.dtype) -> int:
-    """Tokens of a tile: a power of two that matrix units take and shared memory holds."""
-    most = 32 if dtype == torch.float32 else 64
+def token_block(num_tokens: int, x: Tensor) -> int:
+    """Tokens of a tile, of x's kind: a power of two that matrix units take, and that fits."""
+    wide = x.dtype != torch.float32 and card_of(x.device).has_wide_tiles
+    most = 64 if wide else 32
     return min(max(triton.next_power_of_2(num_tokens), 16), most)
 
 
@@ -247,10 +244,9 @@ def _few_kernel(
     planes,  # fp32 [T, C, W]
     packed,  # int32 [O, W]
     scale,  # bf16 [O, ROW_GROUPS]
-    target,  # [S, T, O]
+    out,  # [T, O]
     num_tokens,
     num_rows,
-    split_groups,
     BITS: tl.constexpr,
     ROW_GROUPS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
@@ -258,7 +254,10 @@ def _few_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """A warp holds a piece of each row, 16 bytes a thread, and multiplies it with every token."""
+    """A warp holds a piece of each row, 16 bytes a thread, and multiplies it with every token.
+
+    Only their last sums meet, in shared memory.
+    """
     CODES: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = ROW_GROUPS * GROUP_WORDS
     rows = tl.arange(0, BLOCK_ROWS)
@@ -267,16 +266,14 @@ def _few_kernel(
     first = tl.program_id(0) * BLOCK_ROWS
     row_words = packed + first.to(tl.int64) * WORDS
     row_scales = scale + first.to(tl.int64) * ROW_GROUPS
-    begin = tl.program_id(1) * split_groups
-    end = tl.minimum(begin + split_groups, ROW_GROUPS)
     total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS, BLOCK_GROUPS), tl.float32)
-    for start in range(begin, end, BLOCK_GROUPS):
+    for start in range(0, ROW_GROUPS, BLOCK_GROUPS):
         word, scales = load_groups(
-            *(row_words, row_scales, rows, num_rows - first, start, end),
+            *(row_words, row_scales, rows, num_rows - first, start, ROW_GROUPS),
             *(BLOCK_GROUPS, ROW_GROUPS, GROUP_WORDS),
         )
         column = start * GROUP_WORDS + words
-        inside = (token < num_tokens) & (column < end * GROUP_WORDS)
+        inside = (token < num_tokens) & (column < WORDS)
         dots = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS, BLOCK_GROUPS * GROUP_WORDS), tl.float32)
         for index in tl.static_range(CODES):
             x = tl.load(planes + (token * CODES + index) * WORDS + column, inside, 0.0)
@@ -286,10 +283,9 @@ def _few_kernel(
     result = tl.sum(total, 2)  # [tokens, rows]
     token = tl.arange(0, BLOCK_TOKENS)[:, None]
     row = first + rows[None, :]
-    place = tl.program_id(1) * num_tokens + token
     tl.store(
-        target + place.to(tl.int64) * num_rows + row,
-        result.to(target.dtype.element_ty),
+        out + token.to(tl.int64) * num_rows + row,
+        result.to(out.dtype.element_ty),
         (token < num_tokens) & (row < num_rows),
     )
 
