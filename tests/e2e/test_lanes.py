@@ -115,6 +115,11 @@ def expected(model: Path) -> Answer:
 
 
 @pytest.fixture(scope="session")
+def expected_wide(quantized_wide: Path) -> Answer:
+    return answer(quantized_wide, kernels="torch")
+
+
+@pytest.fixture(scope="session")
 def demo_expected(quantized_demo: Path) -> Answer:
     return answer(quantized_demo, SHORT, kernels="torch")
 
@@ -159,6 +164,39 @@ def test_a_prompt_s_experts_are_copied_ahead(
     assert {layer for layer, _ in guessed} == set(range(1, tiny.LAYERS))
     assert all(to_device for _, to_device in guessed)
     assert long_ones <= len(guessed) / (tiny.LAYERS - 1) <= chunks
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_a_prompt_s_slices_are_not_copied_again(
+    quantized_wide: Path, expected_wide: Answer, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of experts this small a copy in pieces would not pay: here it is done all the same."""
+    monkeypatch.setattr("offload.pieces.RUN_NBYTES", 1)
+    monkeypatch.setattr("offload.pieces.GAP_NBYTES", 1)
+    settings = EngineConfig(
+        ctx=CTX,
+        prefill_chunk=CHUNK,
+        device=SIMULATED,
+        kernels="torch",
+        vram_nbytes=vram_for(quantized_wide, share),
+        ram_nbytes=EVERYTHING,
+        placement="slice",
+        lane="link",
+    )
+    with Engine.open(quantized_wide, settings) as engine:
+        session = engine.new_session()
+        tokens = engine.encode_chat([{"role": "user", "content": PROMPT}])
+        for _ in engine.generate(session, tokens, GREEDY):
+            pass
+        engine.check_integrity(deep=True)
+        plan, stats = engine.plan, engine.expert_stats()
+        assert list(session.tokens) == expected_wide.tokens
+    copies = stats.misses + stats.copied_ahead
+    assert copies >= plan.total_experts // 2
+    absent = plan.intermediate_size - plan.slice_size
+    assert 0 < absent < plan.intermediate_size
+    a_row = plan.expert_nbytes // plan.intermediate_size
+    assert stats.device_nbytes == copies * absent * a_row
 
 
 def test_the_same_with_all_experts_in_vram(model: Path, expected: Answer) -> None:
