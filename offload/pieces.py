@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# A copy engine that fetches runs of this length loses next to nothing to the gaps between them;
-# of shorter ones it moves little more than their beginnings.
-RUN_NBYTES = 256
+# A run of its own costs a copy engine about a line of memory beyond its bytes.
+RUN_GAP_NBYTES = 128
 # Setting up one more copy takes some microseconds, in which a link moves about as much.
 GAP_NBYTES = 64 << 10
 
@@ -41,12 +40,11 @@ class Piece:
 def worth_copying(wanted: Iterable[Piece]) -> tuple[Piece, ...]:
     """The pieces to copy so that all `wanted` ones, given in their order, are among them.
 
-    Runs too short to be copied one by one come with what lies between them, and pieces with
-    little between them come as one.
+    Runs that lie close together come with what is between them, and so do such pieces.
     """
     found: list[Piece] = []
     for piece in wanted:
-        if piece.runs > 1 and piece.nbytes < RUN_NBYTES:
+        if piece.runs > 1 and piece.pitch - piece.nbytes < RUN_GAP_NBYTES:
             piece = Piece(piece.offset, piece.end - piece.offset)
         last = found[-1] if found else None
         near = last is not None and piece.offset - last.end < GAP_NBYTES

@@ -171,7 +171,7 @@ def test_a_prompt_s_slices_are_not_copied_again(
     quantized_wide: Path, expected_wide: Answer, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of experts this small a copy in pieces would not pay: here it is done all the same."""
-    monkeypatch.setattr("offload.pieces.RUN_NBYTES", 1)
+    monkeypatch.setattr("offload.pieces.RUN_GAP_NBYTES", 1)
     monkeypatch.setattr("offload.pieces.GAP_NBYTES", 1)
     settings = EngineConfig(
         ctx=CTX,

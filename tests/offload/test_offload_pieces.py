@@ -13,11 +13,11 @@ from tests.offload.offload_files import ModelFiles, bytes_at
 KIB = 1 << 10
 
 
-def test_short_runs_come_with_what_lies_between_them() -> None:
-    long, short = Piece(0, 256, 10, 1000), Piece(0, 255, 10, 1000)
-    assert worth_copying([long]) == (long,)
-    assert worth_copying([short]) == (Piece(0, 9255),)
-    assert (long.end, long.total_nbytes) == (9256, 2560)
+def test_runs_with_little_between_them_come_as_one() -> None:
+    apart, near = Piece(0, 256, 10, 384), Piece(0, 257, 10, 384)
+    assert worth_copying([apart]) == (apart,)
+    assert worth_copying([near]) == (Piece(0, 9 * 384 + 257),)
+    assert (apart.end, apart.total_nbytes) == (9 * 384 + 256, 2560)
 
 
 def test_pieces_with_little_between_them_come_as_one() -> None:
@@ -25,7 +25,7 @@ def test_pieces_with_little_between_them_come_as_one() -> None:
     assert worth_copying(near) == (Piece(0, 64 * KIB + 149),)
     far = [Piece(0, 100), Piece(100 + 64 * KIB, 50)]
     assert worth_copying(far) == tuple(far)
-    runs = [Piece(0, 100), Piece(100, 300, 5, 400), Piece(2000, 100)]
+    runs = [Piece(0, 100), Piece(100, 300, 5, 430), Piece(2200, 100)]
     assert worth_copying(runs) == tuple(runs), "runs keep to themselves"
 
 
@@ -47,7 +47,7 @@ def test_what_is_wanted_is_copied_once_and_little_else(
 ) -> None:
     source = torch.arange(1, 250, dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "RUN_NBYTES", run)
+        patch.setattr(pieces, "RUN_GAP_NBYTES", run)
         patch.setattr(pieces, "GAP_NBYTES", gap)
         found = worth_copying(wanted)
     target = torch.zeros_like(source)
