@@ -9,7 +9,7 @@ from quant.scheme import QuantScheme
 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 32), QuantScheme(4, 128), QuantScheme(8, 128)])
 @pytest.mark.parametrize(
-    ("hidden", "inner", "most"), [(5120, 8192, 0.011), (4096, 14336, 0.007), (7168, 2048, 0.036)]
+    ("hidden", "inner", "most"), [(5120, 8192, 0.011), (4096, 14336, 0.007), (7168, 2048, 0.037)]
 )
 def test_few_copies_move_little_more_than_what_vram_lacks(
     hidden: int, inner: int, most: float, scheme: QuantScheme
