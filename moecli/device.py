@@ -126,7 +126,7 @@ class DeviceParts:
             return self._with_slices(stats)
         layers = cache.counters()
         counts = sum(layers[1:], layers[0])
-        moved = (counts.fetched + counts.linked) * self.tiers.layout.nbytes
+        moved = (counts.fetched + counts.linked + cache.num_arrived) * self.tiers.layout.nbytes
         return replace(
             stats,
             hits=stats.hits + counts.hits,

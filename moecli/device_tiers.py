@@ -152,6 +152,7 @@ class DeviceTiers:
             torch.zeros(len(self._index), self.spec.num_experts, dtype=torch.int64),
             "pinned" if plan.placement == "pinned" else "lru",
             torch.tensor(plan.link_counts, dtype=torch.int32),
+            plan.link_idle,
             MAX_CHOICES,
         )
         stays = plan.placement == "pinned" or len(first) == len(keys)

@@ -17,9 +17,9 @@ from offload.manager import ExpertManager
 class HostServer:
     """Brings the experts into main memory, computes them there or lets the device read them.
 
-    `link_counts[m]`: of m experts, how many the device reads; None: none. What lies in memory that
-    the device cannot read is computed here in any case. `rows(layer, expert)` says which inner rows
-    are asked of that expert; None: all, always.
+    `link_counts[m]`: of m experts, how many the device reads of those that it can; None: none. The
+    others are computed here. `rows(layer, expert)` says which inner rows are asked of that expert;
+    None: all, always.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class HostServer:
             return {}
         seen = {expert: self._manager.link_address(layer, expert) for expert in experts}
         able = [expert for expert in experts if seen[expert]]
-        return {expert: seen[expert] for expert in able[: self._link_counts[len(able)]]}
+        return {expert: seen[expert] for expert in able[: self._link_counts[len(experts)]]}
 
     def _by_span(
         self, layer: int, addresses: Mapping[int, int], elsewhere: Container[int]
