@@ -14,11 +14,11 @@ from offload.lanes import HOST, LINK, LaneSpeeds, Misses, expected_misses, link_
 
 Lanes = tuple[str, ...]
 BOTH: Lanes = (LINK, HOST)
-# From simple to intricate. Where filling slots by use would never come to pass, because the
-# processor serves every miss, they are filled once instead.
+# From simple to intricate, but slots that follow use come before those that are filled once: even
+# where the processor serves every miss, they are filled in the time that the link has beside it.
 WAYS: tuple[tuple[str, Lanes], ...] = (
-    *(("lru", (LINK,)), ("pinned", (HOST,)), ("lru", BOTH)),
-    *(("pinned", (LINK,)), ("pinned", BOTH)),
+    *(("lru", (LINK,)), ("lru", BOTH)),
+    *(("pinned", (HOST,)), ("pinned", (LINK,)), ("pinned", BOTH)),
     *(("slice", (LINK,)), ("slice", (HOST,)), ("slice", BOTH)),
 )
 _WISHES: dict[str, Lanes | None] = {"auto": None, "link": (LINK,), "cpu": (HOST,), "both": BOTH}
