@@ -12,13 +12,14 @@ from moecli.device_experts import (
     CachedExperts,
     DecodeLanes,
     DeviceExperts,
-    ExpertMath,
     HostPart,
     SlicedExperts,
+    Slices,
     StreamedExperts,
 )
 from moecli.device_tiers import DeviceTiers, MakeArena
 from moecli.device_weights import DeviceWeights
+from moecli.expert_math import ExpertMath
 from moecli.generation import TokenSource
 from moecli.graphs import Capture
 from moecli.host_server import HostServer
@@ -62,12 +63,15 @@ class DeviceParts:
         """Owns `tiers` and `weights`; `usage` counts which experts are asked for."""
         self.tiers, self._weights, self._settings, self._spec = tiers, weights, settings, spec
         math = ExpertMath(tiers.layout, spec.weight_on_input)
-        self.lane = self._open_lane() if tiers.needs_host else None
+        self.lane = self._open_lane(math) if tiers.needs_host else None
         host = None
         if self.lane is not None:
             host = HostPart(self.lane, math, readable=self._host_may_point)
-        self.stream = StreamedExperts(tiers.manager, math, spec, tiers.residents, usage)
-        self._lanes = _decode_lanes(tiers, math, host)
+        slices = None
+        if tiers.slices is not None:
+            slices = Slices(tiers.slices, ExpertMath(tiers.slice_layout, spec.weight_on_input))
+        self.stream = StreamedExperts(tiers.manager, math, spec, tiers.residents, usage, slices)
+        self._lanes = _decode_lanes(tiers, math, slices, host)
         experts = DeviceExperts(spec, self._lanes, self.stream)
         self.decoder = Decoder(
             spec,
@@ -90,11 +94,11 @@ class DeviceParts:
         plan = self.tiers.plan
         return not self.tiers.settled and not plan.slice_size and "link" in plan.lanes
 
-    def _open_lane(self) -> HostLane:
+    def _open_lane(self, math: ExpertMath) -> HostLane:
         tiers, spec = self.tiers, self._spec
         server = HostServer(
             tiers.manager,
-            tiers.layout,
+            math,
             spec,
             link_counts=tiers.plan.link_counts if self._host_may_point else None,
             rows=tiers.host_rows if tiers.plan.slice_size else None,
@@ -124,7 +128,7 @@ class DeviceParts:
             return self._with_slices(stats)
         layers = cache.counters()
         counts = sum(layers[1:], layers[0])
-        moved = (counts.fetched + counts.linked) * self.tiers.layout.nbytes
+        moved = (counts.fetched + counts.linked + cache.num_arrived) * self.tiers.layout.nbytes
         return replace(
             stats,
             hits=stats.hits + counts.hits,
@@ -188,9 +192,10 @@ class DeviceParts:
         self._weights.close()
 
 
-def _decode_lanes(tiers: DeviceTiers, math: ExpertMath, host: HostPart | None) -> DecodeLanes:
+def _decode_lanes(
+    tiers: DeviceTiers, math: ExpertMath, slices: Slices | None, host: HostPart | None
+) -> DecodeLanes:
     if tiers.cache is not None:
         return CachedExperts(tiers.cache, math, host)
-    assert tiers.slices is not None, "neither slots nor slices"
-    slice_math = ExpertMath(tiers.slice_layout, math.weight_on_input)
-    return SlicedExperts(tiers.slices, tiers.whole, slice_math, math, tiers.link_end, host)
+    assert slices is not None, "neither slots nor slices"
+    return SlicedExperts(slices, tiers.whole, math, tiers.link_end, host)

@@ -13,45 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moecli.expert_math import ExpertMath, address_table
 from moecli.models.config import ModelSpec
 from moecli.models.provider import Pending
 from offload.device_cache import DeviceCache
 from offload.host_lane import HostLane
 from offload.manager import ExpertManager
 from offload.usage import ExpertUsage
-from quant import ops
-from quant.layout import ExpertLayout
 
 DECODE_TOKENS = 8  # at most so many at once take the lanes; the kernels' own limit too
-
-
-@dataclass(frozen=True)
-class ExpertMath:
-    """How this model computes an expert from its bytes."""
-
-    layout: ExpertLayout
-    weight_on_input: bool
-
-    def add(
-        self,
-        out: Tensor,  # fp32 [T, H]
-        hidden: Tensor,  # [T, H]
-        topk_ids: Tensor,  # [T, k]
-        topk_weights: Tensor,  # [T, k]
-        addresses: Tensor,  # int64 [E]
-        span: tuple[int, int] | None = None,
-    ) -> None:
-        """out += what the experts with an address contribute, or `span` of their inner rows."""
-        ops.add_routed_experts(
-            out,
-            hidden,
-            topk_ids,
-            topk_weights,
-            addresses,
-            self.layout,
-            weight_on_input=self.weight_on_input,
-            span=span,
-        )
 
 
 Finish = Callable[[Tensor], None]  # waits for what is not done yet, and adds it
@@ -118,6 +88,21 @@ class CachedExperts:
         return Computed(out, hidden.dtype, finish)
 
 
+@dataclass(frozen=True)
+class Slices:
+    """The first inner rows of every expert, in VRAM."""
+
+    addresses: Tensor  # int64 [L, E]
+    math: ExpertMath  # of experts that have these rows alone
+
+    @property
+    def size(self) -> int:
+        return self.math.layout.intermediate_size
+
+    def add(self, index: int, out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        self.math.add(out, hidden, ids, weights, self.addresses[index])
+
+
 class SlicedExperts:
     """Inner rows [0, s) of every expert in VRAM, [s, c) read over the link, [c, I) by the host.
 
@@ -126,16 +111,14 @@ class SlicedExperts:
 
     def __init__(
         self,
-        slices: Tensor,  # int64 [L, E]: where the slices lie in VRAM
+        slices: Slices,
         whole: Tensor,  # int64 [L, E]: where the device reads whole experts in main memory
-        slice_math: ExpertMath,
         math: ExpertMath,
         link_end: int,  # c
         host: HostPart | None,
     ) -> None:
-        self._slices, self._whole = slices, whole
-        self._slice_math, self._math, self._host = slice_math, math, host
-        begin, inner = slice_math.layout.intermediate_size, math.layout.intermediate_size
+        self._slices, self._whole, self._math, self._host = slices, whole, math, host
+        begin, inner = slices.size, math.layout.intermediate_size
         assert begin <= link_end <= inner, f"slice {begin}, link to {link_end}, of {inner} rows"
         self._link_span = (begin, link_end)
         # Only here does anything depend on what is reachable, so once and not in every step.
@@ -158,14 +141,17 @@ class SlicedExperts:
             chosen.index_fill_(0, ids.flatten(), 1)
             finish = self._host.ask(index, hidden, ids, weights, chosen * self._asked[index])
         out = hidden.new_zeros(hidden.shape, dtype=torch.float32)  # [T, H]
-        self._slice_math.add(out, hidden, ids, weights, self._slices[index])
+        self._slices.add(index, out, hidden, ids, weights)
         if self._link_span[0] < self._link_span[1]:
             self._math.add(out, hidden, ids, weights, self._whole[index], self._link_span)
         return Computed(out, hidden.dtype, finish)
 
 
 class StreamedExperts:
-    """The experts of many tokens: residents where they are, the others streamed in waves."""
+    """The experts of many tokens: what is resident where it is, the others streamed in waves.
+
+    Of experts whose first rows lie in `slices` the manager brings the others alone.
+    """
 
     def __init__(
         self,
@@ -174,11 +160,14 @@ class StreamedExperts:
         spec: ModelSpec,
         snapshot: Callable[[], dict[tuple[int, int], int]],
         usage: ExpertUsage,
+        slices: Slices | None = None,
     ) -> None:
         """`snapshot` says where the experts (layer, expert) lie that are in VRAM already; `usage`
         counts what is asked for here."""
-        self._manager, self._math = manager, math
+        self._manager, self._math, self._slices = manager, math, slices
         self._num_experts = spec.num_experts
+        self._indices = {layer: index for index, layer in enumerate(spec.moe_layers)}
+        self._span = None if slices is None else (slices.size, math.layout.intermediate_size)
         self._snapshot = snapshot
         self._usage = usage
         self._residents: dict[tuple[int, int], int] | None = None
@@ -201,13 +190,15 @@ class StreamedExperts:
         here = self.resident(layer, wanted)
         self.resident_hits += len(here)
         out = hidden.new_zeros(hidden.shape, dtype=torch.float32)  # [T, H]
+        if self._slices is not None:
+            self._slices.add(self._indices[layer], out, hidden, ids, weights)
         if here:
             self._math.add(out, hidden, ids, weights, self._table(here, out.device))
         missing = [expert for expert in wanted if expert not in here]
         for wave in self._manager.waves(layer, missing):
             with self._manager.ensure(layer, wave) as lease:
                 table = self._table(lease.addresses, out.device)
-                self._math.add(out, hidden, ids, weights, table)
+                self._math.add(out, hidden, ids, weights, table, self._span)
         return Computed(out, hidden.dtype, _nothing_left)
 
     def prefetch(self, layer: int, ids: Tensor) -> None:
@@ -218,10 +209,7 @@ class StreamedExperts:
         self._manager.prefetch(layer, missing, to_device=True)
 
     def _table(self, addresses: dict[int, int], device: torch.device) -> Tensor:
-        table = torch.zeros(self._num_experts, dtype=torch.int64)  # [E]
-        for expert, address in addresses.items():
-            table[expert] = address
-        return table.to(device, non_blocking=True)
+        return address_table(addresses, self._num_experts).to(device, non_blocking=True)
 
 
 class DeviceExperts:

@@ -15,6 +15,7 @@ from offload.disk import DiskTier
 from offload.host import HostArena
 from offload.keys import ExpertKey
 from offload.manager import ExpertManager
+from offload.pieces import Piece, worth_copying
 from offload.pinning import Pinner
 from offload.plan import MemoryPlan
 from offload.slots import SlotPool
@@ -60,7 +61,8 @@ class DeviceTiers:
         self._disk = disk
         staging = None
         if plan.staging_slots:
-            staging = SlotPool(plan.staging_slots, plan.slot_nbytes, device)
+            pieces = self._not_in_slices() if plan.slice_size else None
+            staging = SlotPool(plan.staging_slots, plan.slot_nbytes, device, pieces=pieces)
         self.manager = ExpertManager(disk, arena, staging)
         self.cache: DeviceCache | None = None
         self.slices: Tensor | None = None
@@ -72,6 +74,11 @@ class DeviceTiers:
         except BaseException:
             self.close()
             raise
+
+    def _not_in_slices(self) -> tuple[Piece, ...]:
+        """What a prompt still needs of an expert whose slice is in VRAM."""
+        rest = self.layout.runs(self.plan.slice_size, self.layout.intermediate_size)
+        return worth_copying(Piece(*runs) for runs in rest)
 
     @property
     def slice_layout(self) -> ExpertLayout:
@@ -148,6 +155,7 @@ class DeviceTiers:
             torch.zeros(len(self._index), self.spec.num_experts, dtype=torch.int64),
             "pinned" if plan.placement == "pinned" else "lru",
             torch.tensor(plan.link_counts, dtype=torch.int32),
+            plan.link_idle,
             MAX_CHOICES,
         )
         stays = plan.placement == "pinned" or len(first) == len(keys)

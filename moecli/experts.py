@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moecli.expert_math import address_table
 from moecli.models.config import ModelSpec
 from moecli.models.provider import Ready
 from offload.manager import ExpertManager
@@ -49,7 +50,7 @@ class OffloadedExperts:
                     hidden,
                     topk_ids,
                     topk_weights,
-                    self._table(lease.addresses),
+                    address_table(lease.addresses, self._num_experts),
                     self._layout,
                     weight_on_input=self._weight_on_input,
                 )
@@ -58,9 +59,3 @@ class OffloadedExperts:
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """Start reading what `layer` will probably choose, [T, k]; returns at once."""
         self._manager.prefetch(layer, sorted(set(topk_ids.flatten().tolist())))
-
-    def _table(self, addresses: dict[int, int]) -> Tensor:
-        table = torch.zeros(self._num_experts, dtype=torch.int64)  # [E]
-        for expert, address in addresses.items():
-            table[expert] = address
-        return table

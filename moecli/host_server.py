@@ -8,35 +8,31 @@ from collections.abc import Callable, Container, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moecli.expert_math import ExpertMath, Span, address_table
 from moecli.models.config import ModelSpec
 from offload.lease import Lease
 from offload.manager import ExpertManager
-from quant import ops
-from quant.layout import ExpertLayout
-
-Span = tuple[int, int]  # inner rows begin..end-1 of an expert
 
 
 class HostServer:
     """Brings the experts into main memory, computes them there or lets the device read them.
 
-    `link_counts[m]`: of m experts, how many the device reads; None: none. What lies in memory that
-    the device cannot read is computed here in any case. `rows(layer, expert)` says which inner rows
-    are asked of that expert; None: all, always.
+    `link_counts[m]`: of m experts, how many the device reads of those that it can; None: none. The
+    others are computed here. `rows(layer, expert)` says which inner rows are asked of that expert;
+    None: all, always.
     """
 
     def __init__(
         self,
         manager: ExpertManager,
-        layout: ExpertLayout,
+        math: ExpertMath,
         spec: ModelSpec,
         link_counts: Sequence[int] | None = None,
         rows: Callable[[int, int], Span] | None = None,
     ) -> None:
         assert link_counts is None or rows is None, "the device reads whole experts only"
-        self._manager, self._layout, self._rows = manager, layout, rows
+        self._manager, self._math, self._rows = manager, math, rows
         self._layers, self._num_experts = spec.moe_layers, spec.num_experts
-        self._weight_on_input = spec.weight_on_input
         self._link_counts = link_counts
         self._held: Lease | None = None  # what the device may still be reading
 
@@ -59,7 +55,8 @@ class HostServer:
             partial = None
             for span, here in self._by_span(layer, lease.addresses, readable).items():
                 partial = torch.zeros_like(hidden) if partial is None else partial  # [T, H]
-                self._add(partial, hidden, topk_ids, topk_weights, here, span)
+                table = address_table(here, self._num_experts)
+                self._math.add(partial, hidden, topk_ids, topk_weights, table, span)
         finally:
             if readable:
                 self._held = lease
@@ -73,7 +70,7 @@ class HostServer:
             return {}
         seen = {expert: self._manager.link_address(layer, expert) for expert in experts}
         able = [expert for expert in experts if seen[expert]]
-        return {expert: seen[expert] for expert in able[: self._link_counts[len(able)]]}
+        return {expert: seen[expert] for expert in able[: self._link_counts[len(experts)]]}
 
     def _by_span(
         self, layer: int, addresses: Mapping[int, int], elsewhere: Container[int]
@@ -85,29 +82,6 @@ class HostServer:
                 span = None if self._rows is None else self._rows(layer, expert)
                 found.setdefault(span, {})[expert] = address
         return found
-
-    def _add(
-        self,
-        out: Tensor,
-        hidden: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        addresses: dict[int, int],
-        span: Span | None,
-    ) -> None:
-        table = torch.zeros(self._num_experts, dtype=torch.int64)  # [E]
-        for expert, address in addresses.items():
-            table[expert] = address
-        ops.add_routed_experts(
-            out,
-            hidden,
-            ids,
-            weights,
-            table,
-            self._layout,
-            weight_on_input=self._weight_on_input,
-            span=span,
-        )
 
     def release(self) -> None:
         """The device reads nothing here any more."""

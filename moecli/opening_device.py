@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from moecli.backends import use_kernels
+from moecli.card import takes_card
 from moecli.config import SIMULATED, EngineConfig
 from moecli.dense import DenseWeight, bnb_linears
 from moecli.device import DeviceParts, DeviceSettings
@@ -39,15 +40,7 @@ def compute_device(config: EngineConfig) -> torch.device | None:
     """
     if config.device == SIMULATED:
         return torch.device("cpu")
-    if config.device == "cpu":
-        return None
-    found = torch.cuda.is_available()
-    if not found and (config.device == "cuda" or config.vram_nbytes):
-        raise MoecliError(
-            "there is no CUDA device to compute on",
-            "leave out `--device` and `--vram`; `moecli doctor` shows what was found",
-        )
-    return torch.device("cuda") if found and config.vram_nbytes != 0 else None
+    return torch.device("cuda") if takes_card(config) else None
 
 
 def device_settings(

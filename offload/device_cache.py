@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import offload.device_ops  # noqa: F401 (it registers the ops)
+from offload.device_ops import COMING, COUNT, PIECE_NBYTES
 from offload.errors import OffloadError
 from offload.keys import ExpertKey, describe
 
 MAX_CHOICES = 64  # the kernel compares all pairs of them
-COPY_NBYTES = 16  # experts are copied in pieces of this size
 PLACEMENTS = ("lru", "pinned")
 
 
@@ -59,8 +58,11 @@ class DeviceCache:
 
     `host_addresses` int64 [L, E] is where the device can read an expert outside its own memory, 0
     where it cannot; sources are aligned to 16 bytes, and readable up to the next multiple of 16.
-    Of m misses that have an address, the first `link_counts[m]` are served by the link, in the
-    order asked. All others are the host's. Both tensors may be changed in place between steps.
+    Of m misses, the first `link_counts[m]` that have an address are served by the link, in the
+    order asked. All others are the host's. With "lru" the link then brings `link_idle[m]` bytes
+    more, of the expert that is on its way into a slot or else of the first that is the host's:
+    so slots follow use even where the host serves every miss, at no cost to a step.
+    `host_addresses` may be changed in place between steps.
 
     Raises OffloadError when the device has not that much memory.
     """
@@ -76,15 +78,17 @@ class DeviceCache:
         host_addresses: Tensor,
         placement: str,
         link_counts: Tensor,
+        link_idle: Sequence[int],
         max_choices: int,
     ) -> None:
-        copy_nbytes = -(-expert_nbytes // COPY_NBYTES) * COPY_NBYTES
+        copy_nbytes = -(-expert_nbytes // PIECE_NBYTES) * PIECE_NBYTES
         assert placement in PLACEMENTS, f"no placement is called {placement}"
         assert host_addresses.shape == (num_layers, num_experts), "not one address an expert"
-        assert slot_nbytes % COPY_NBYTES == 0, f"slots of {slot_nbytes} bytes are not aligned"
+        assert slot_nbytes % PIECE_NBYTES == 0, f"slots of {slot_nbytes} bytes are not aligned"
         assert 0 < copy_nbytes <= slot_nbytes, f"{expert_nbytes} bytes in a slot of {slot_nbytes}"
         assert 1 <= max_choices <= MAX_CHOICES, f"{max_choices} choices at once"
-        assert link_counts.numel() > max_choices, "too few link counts"
+        assert link_counts.numel() > max_choices < len(link_idle), "too few link counts"
+        assert link_idle[0] == 0, "where nothing misses there is no time to be had"
         self.num_layers = num_layers
         self.num_experts = num_experts
         self.num_slots = num_slots
@@ -94,6 +98,8 @@ class DeviceCache:
         self.max_choices = max_choices
         self.host_addresses = host_addresses.to(device, torch.int64).contiguous()  # [L, E]
         self.link_counts = link_counts.to(device, torch.int32).contiguous()  # [> N]
+        pieces = [nbytes // PIECE_NBYTES for nbytes in link_idle]
+        self._link_idle = torch.tensor(pieces, dtype=torch.int32, device=device)  # [> N]
         self._copy_nbytes = copy_nbytes
         self._admits = placement == "lru" and num_slots > 0
         self._slots = _allocate(num_slots * slot_nbytes, device)
@@ -109,9 +115,11 @@ class DeviceCache:
         self._stamp = table(slots)  # [S] when it was last asked for; 0: free
         self._clock = table(1, fill=1)  # above every stamp
         self._counters = table(layers, 4)  # [L, 4] in the order of LaneCounts
-        self._fetch_src = table(self.max_choices)
-        self._fetch_dst = table(self.max_choices)
-        self._fetch_count = table(1, dtype=torch.int32)
+        self._fetch_src = table(self.max_choices + 1)
+        self._fetch_dst = table(self.max_choices + 1)
+        self._fetch_count = table(2, dtype=torch.int32)
+        self._arrival = table(4)  # see device_ops
+        self._arrival[COMING] = -1
         self.step_addresses = table(experts)  # [E]; 0: the device does not read it
         self.host_mask = table(experts, dtype=torch.int32)  # [E]; 1: the host's
 
@@ -139,14 +147,17 @@ class DeviceCache:
             self._counters,
             self.host_addresses,
             self.link_counts,
+            self._link_idle,
             self._slots,
             self.slot_nbytes,
+            self._copy_nbytes // PIECE_NBYTES,
             self._admits,
             self.step_addresses,
             self.host_mask,
             self._fetch_src,
             self._fetch_dst,
             self._fetch_count,
+            self._arrival,
         )
 
     def fetch(self) -> None:
@@ -163,8 +174,9 @@ class DeviceCache:
 
         When `read` fails, no expert of this call is resident.
         """
-        owner = self._owner.tolist()
-        free = [slot for slot in range(self.num_slots) if owner[slot] < 0][: len(keys)]
+        owner, stamp = self._owner.tolist(), self._stamp.tolist()
+        free = [slot for slot in range(self.num_slots) if owner[slot] < 0 and not stamp[slot]]
+        free = free[: len(keys)]
         numbers = [layer * self.num_experts + expert for layer, expert in keys]
         assert len(free) == len(keys), f"{len(keys)} experts for {len(free)} free slots"
         assert len({*numbers}) == len(numbers), "an expert is loaded twice"
@@ -198,6 +210,11 @@ class DeviceCache:
         """One for each layer, since the cache was made. Waits for the device."""
         return [LaneCounts(*counts) for counts in self._counters.tolist()]
 
+    @property
+    def num_arrived(self) -> int:
+        """How many experts came to slots piece by piece, beside steps. Waits for the device."""
+        return int(self._arrival[COUNT])
+
     def check_integrity(
         self, read: Callable[[ExpertKey], bytes | memoryview] | None = None
     ) -> None:
@@ -211,16 +228,26 @@ class DeviceCache:
         residents = [slot for slot in range(self.num_slots) if owner[slot] >= 0]
         located = [slot for slot in slot_of if slot >= 0]
         assert sorted(located) == residents, "a slot holds an expert that is elsewhere"
-        stamps = {stamp[slot] for slot in residents}
-        assert len(stamps) == len(residents), "two experts were asked for at one time"
+        coming, into, done = self._arrival.tolist()[:COUNT]
+        taken = residents
+        if coming >= 0:
+            assert 0 <= done * PIECE_NBYTES < self._copy_nbytes, "what has come whole still comes"
+            assert slot_of[coming] < 0, f"{describe(divmod(coming, self.num_experts))} comes twice"
+            assert owner[into] < 0, f"slot {into} is not free for what comes into it"
+            taken = [*residents, into]
+        stamps = {stamp[slot] for slot in taken}
+        assert len(stamps) == len(taken), "two experts were asked for at one time"
         assert all(0 < value < clock for value in stamps), "a stamp is not of the past"
         assert sum(stamp) == sum(stamps), "a free slot was asked for"
         if read is None:
             return
-        for slot in residents:
-            key = divmod(owner[slot], self.num_experts)
-            blob = bytes(memoryview(read(key)).cast("B")[: self.expert_nbytes])
-            assert self._slot(slot).cpu().numpy().tobytes() == blob, f"{describe(key)} is damaged"
+        whole = {slot: (owner[slot], self.expert_nbytes) for slot in residents}
+        begun = {into: (coming, done * PIECE_NBYTES)} if coming >= 0 else {}
+        for slot, (number, nbytes) in {**whole, **begun}.items():
+            key = divmod(number, self.num_experts)
+            blob = bytes(memoryview(read(key)).cast("B")[:nbytes])
+            found = self._slot(slot)[:nbytes].cpu().numpy().tobytes()
+            assert found == blob, f"{describe(key)} is damaged"
 
     def close(self) -> None:
         """Give the slots back; every address of them is dead from here on."""

@@ -17,6 +17,10 @@ from torch import Tensor
 from offload.errors import OffloadError
 
 BACKENDS = ("auto", "torch", "triton")
+PIECE_NBYTES = 16  # experts are copied in pieces of this size
+# Words of `arrival`: the expert, layer * E + expert, that comes piece by piece while the host
+# computes, -1: none; its slot; its pieces that are there; how many experts have come so.
+COMING, INTO, DONE, COUNT = 0, 1, 2, 3
 _backend = "auto"
 
 
@@ -42,30 +46,46 @@ def _resolve(
     counters: Tensor,  # int64 [L, 4]
     host_addresses: Tensor,  # int64 [L, E]
     link_counts: Tensor,  # int32 [> N]
+    link_idle: Tensor,  # int32 [> N]
     slots: Tensor,  # uint8 [S * slot_nbytes]
     slot_nbytes: int,
+    num_pieces: int,
     admit: bool,
     step_addresses: Tensor,  # int64 [E]
     host_mask: Tensor,  # int32 [E]
-    fetch_src: Tensor,  # int64 [>= N]
-    fetch_dst: Tensor,  # int64 [>= N]
-    fetch_count: Tensor,  # int32 [1]
+    fetch_src: Tensor,  # int64 [> N]
+    fetch_dst: Tensor,  # int64 [> N]
+    fetch_count: Tensor,  # int32 [2]
+    arrival: Tensor,  # int64 [4]
 ) -> None:
     """Where each expert asked for is read in this step; `DeviceCache` says by which rules."""
     ids = topk_ids.flatten().tolist()
     asked = list(dict.fromkeys(ids))  # in the order asked
     residents, here = slot_of[layer_index], host_addresses[layer_index].tolist()  # [E]
     hits = [expert for expert in asked if residents[expert] >= 0]
-    reachable = [expert for expert in asked if expert not in hits and here[expert]]
-    linked = reachable[: int(link_counts[len(reachable)])]
-    fetched = linked[: owner.numel() - len(hits)] if admit else []
+    misses = [expert for expert in asked if expert not in hits]
+    reachable = [expert for expert in misses if here[expert]]
+    linked = reachable[: int(link_counts[len(misses)])]
+    room = owner.numel() - len(hits)
+    fetched = linked[:room] if admit else []
+    idle = int(link_idle[len(misses)])
     if admit:
-        now = int(clock)
+        first, now = layer_index * len(here), int(clock)  # number of this layer's first expert
+        stamps = {expert: now + ids.index(expert) for expert in asked}
+        slots_of, homes = slot_of.view(-1), host_addresses.view(-1)  # [L * E]
         for expert in hits:
-            stamp[residents[expert]] = now + ids.index(expert)
+            stamp[residents[expert]] = stamps[expert]
+        coming = int(arrival[COMING])
+        if coming >= 0 and (not homes[coming] or coming - first in linked):
+            stamp[arrival[INTO]], arrival[COMING] = 0, -1
+        begins = reachable[len(linked) : room][:1] if idle and arrival[COMING] < 0 else []
         for expert in fetched:
-            key = layer_index * len(here) + expert
-            _admit(key, now + len(ids) + ids.index(expert), slot_of.view(-1), owner, stamp)
+            slot = _take_oldest(stamps[expert] + len(ids), slots_of, owner, stamp, arrival)
+            slots_of[first + expert], owner[slot] = slot, first + expert
+        for expert in begins:
+            slot = _take_oldest(stamps[expert] + len(ids), slots_of, owner, stamp, arrival)
+            owner[slot] = -1
+            arrival[:COUNT] = torch.tensor([first + expert, slot, 0])
         clock += 2 * len(ids)
     step_addresses.zero_()
     host_mask.zero_()
@@ -78,28 +98,43 @@ def _resolve(
             host_mask[expert] = 1
     for turn, expert in enumerate(fetched):
         fetch_src[turn], fetch_dst[turn] = here[expert], step_addresses[expert]
-    fetch_count.fill_(len(fetched))
-    num_zero_copy, num_host = len(linked) - len(fetched), len(asked) - len(hits) - len(linked)
+    fetch_count[0], fetch_count[1] = len(fetched), 0
+    if admit and arrival[COMING] >= 0:
+        coming, slot, done = arrival[:COUNT].tolist()
+        fetch_src[len(fetched)] = homes[coming] + done * PIECE_NBYTES
+        fetch_dst[len(fetched)] = slots.data_ptr() + slot * slot_nbytes + done * PIECE_NBYTES
+        fetch_count[1] = min(idle, num_pieces - done)
+        arrival[DONE] += fetch_count[1]
+        if arrival[DONE] == num_pieces:
+            slots_of[coming], owner[slot], arrival[COMING] = slot, coming, -1
+            arrival[COUNT] += 1
+    num_zero_copy, num_host = len(linked) - len(fetched), len(misses) - len(linked)
     lanes = (len(hits), len(fetched), num_zero_copy, num_host)
     counters[layer_index] += torch.tensor(lanes, device=counters.device)
 
 
-def _admit(key: int, now: int, slot_of: Tensor, owner: Tensor, stamp: Tensor) -> None:
-    """Give an expert the oldest slot; slot_of [L * E]."""
+def _take_oldest(now: int, slot_of: Tensor, owner: Tensor, stamp: Tensor, arrival: Tensor) -> int:
+    """The oldest slot, now stamped `now`, which nobody owns any more; slot_of [L * E]."""
     slot = int(stamp.argmin())  # the first of equals: free slots have stamp 0
     if owner[slot] >= 0:
         slot_of[owner[slot]] = -1
-    slot_of[key], owner[slot], stamp[slot] = slot, key, now
+    elif arrival[COMING] >= 0 and arrival[INTO] == slot:
+        arrival[COMING] = -1
+    stamp[slot] = now
+    return slot
 
 
 def _fetch(src: Tensor, dst: Tensor, count: Tensor, nbytes: int, slots: Tensor) -> None:
-    """Copy `nbytes` (a multiple of 16) from each source to its destination within `slots`."""
-    num_fetched = int(count)
-    pairs = zip(src[:num_fetched].tolist(), dst[:num_fetched].tolist(), strict=True)
-    for source, target in pairs:
-        memory = (ctypes.c_uint8 * nbytes).from_address(source)
+    """Copy `nbytes` (a multiple of 16) from each source to its destination within `slots`.
+
+    `count`, int32 [2]: of so many sources, and of the one after them so many pieces of 16 bytes.
+    """
+    num_whole, num_pieces = count.tolist()
+    lengths = [nbytes] * num_whole + [num_pieces * PIECE_NBYTES] * (num_pieces > 0)
+    for source, target, length in zip(src.tolist(), dst.tolist(), lengths, strict=False):
+        memory = (ctypes.c_uint8 * length).from_address(source)
         start = target - slots.data_ptr()
-        slots[start : start + nbytes].copy_(torch.frombuffer(memory, dtype=torch.uint8))
+        slots[start : start + length].copy_(torch.frombuffer(memory, dtype=torch.uint8))
 
 
 def _resolve_kernel() -> Callable[..., None]:
@@ -140,9 +175,11 @@ def _shape(*arguments: Any) -> None:
 _OPS = {
     "resolve(Tensor topk_ids, int layer_index, Tensor(a!) slot_of, Tensor(b!) owner, "
     "Tensor(c!) stamp, Tensor(d!) clock, Tensor(e!) counters, Tensor host_addresses, "
-    "Tensor link_counts, Tensor slots, int slot_nbytes, bool admit, Tensor(f!) step_addresses, "
-    "Tensor(g!) host_mask, Tensor(h!) fetch_src, Tensor(i!) fetch_dst, Tensor(j!) fetch_count"
-    ") -> ()": partial(_compute, _resolve_kernel, _resolve),
+    "Tensor link_counts, Tensor link_idle, Tensor slots, int slot_nbytes, int num_pieces, "
+    "bool admit, Tensor(f!) step_addresses, Tensor(g!) host_mask, Tensor(h!) fetch_src, "
+    "Tensor(i!) fetch_dst, Tensor(j!) fetch_count, Tensor(k!) arrival) -> ()": partial(
+        _compute, _resolve_kernel, _resolve
+    ),
     "fetch(Tensor src, Tensor dst, Tensor count, int nbytes, Tensor(a!) slots) -> ()": partial(
         _compute, _fetch_kernel, _fetch
     ),

@@ -49,8 +49,31 @@ def link_count(missing: int, speeds: LaneSpeeds) -> int:
 
 
 def link_counts(speeds: LaneSpeeds, most: int) -> tuple[int, ...]:
-    """For 0 to `most` missing experts of a layer, how many the link serves."""
+    """For 0 to `most` missing experts of a layer, how many the link serves.
+
+    Where only some of them are within its reach, it serves so many of those: no other division of
+    them ends sooner, so none is slower than the better lane alone.
+    """
     return tuple(link_count(missing, speeds) for missing in range(most + 1))
+
+
+def link_idle(speeds: LaneSpeeds, most: int, choices: int, vram: float = inf) -> tuple[float, ...]:
+    """For 0 to `most` missing experts of a layer, how many more the link brings meanwhile.
+
+    While the processor computes its part, the link has time left, and main memory bandwidth: what
+    is brought in these makes no step longer. Whoever reads `vram` bytes a second from VRAM has had
+    the time for the other experts of `choices` by then. Always less than one expert: with time
+    for one more, the division would have given it to the link.
+    """
+    idle: list[float] = []
+    for missing in range(most + 1):
+        count = link_count(missing, speeds)
+        seconds = speeds.seconds(count, missing - count)
+        in_vram = max(choices, missing) - missing + count
+        by_link = (seconds - in_vram / vram) * speeds.link - count
+        in_memory = seconds * speeds.ram - missing if speeds.ram < inf else inf
+        idle.append(max(0.0, min(by_link, in_memory)))
+    return tuple(idle)
 
 
 def link_rows(rows: int, unit: int, speeds: LaneSpeeds) -> int:

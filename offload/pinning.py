@@ -40,7 +40,7 @@ class CudaPinner:
 
     def __init__(self, device: "torch.device | str") -> None:
         self._device = device
-        self._driver = _load_driver()
+        self._driver = load_driver()
         self.refusal: str | None = None
 
     def register(self, address: int, nbytes: int) -> bool:
@@ -78,7 +78,8 @@ class CudaPinner:
         return name.value.decode() if name.value else f"error {code}"
 
 
-def _load_driver() -> ctypes.CDLL:
+def load_driver() -> ctypes.CDLL:
+    """CUDA's driver library."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 

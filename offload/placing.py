@@ -14,11 +14,11 @@ from offload.lanes import HOST, LINK, LaneSpeeds, Misses, expected_misses, link_
 
 Lanes = tuple[str, ...]
 BOTH: Lanes = (LINK, HOST)
-# From simple to intricate. Where filling slots by use would never come to pass, because the
-# processor serves every miss, they are filled once instead.
+# From simple to intricate, but slots that follow use come before those that are filled once: even
+# where the processor serves every miss, they are filled in the time that the link has beside it.
 WAYS: tuple[tuple[str, Lanes], ...] = (
-    *(("lru", (LINK,)), ("pinned", (HOST,)), ("lru", BOTH)),
-    *(("pinned", (LINK,)), ("pinned", BOTH)),
+    *(("lru", (LINK,)), ("lru", BOTH)),
+    *(("pinned", (HOST,)), ("pinned", (LINK,)), ("pinned", BOTH)),
     *(("slice", (LINK,)), ("slice", (HOST,)), ("slice", BOTH)),
 )
 _WISHES: dict[str, Lanes | None] = {"auto": None, "link": (LINK,), "cpu": (HOST,), "both": BOTH}
@@ -202,13 +202,14 @@ def prefill_tok_s(footprint: ModelFootprint, machine: Machine, where: Places) ->
     """Tokens of a long prompt a second on a device, by bandwidth alone; None where unknown.
 
     Every chunk streams the experts that some token of it chose (each token choosing at random)
-    and that VRAM does not hold whole, while the ones before are computed.
+    and that VRAM does not hold, of sliced ones the rows that it lacks, while the ones before are
+    computed. Little more than these is copied: see `offload.pieces`.
     """
     tokens, total = footprint.prefill_tokens, footprint.total_experts
     link, disk, vram = machine.link_bw, machine.disk_bw, machine.vram_bw
     idle = (1 - footprint.experts_per_token / footprint.num_experts) ** tokens
     chosen = footprint.experts_nbytes * (1 - idle)
-    streamed = chosen * (1 - where.device_slots / total)
+    streamed = chosen * (1 - where.device_share)
     read = chosen * (1 - where.in_memory / total)
     if not tokens or not vram or (streamed and not link) or (read and not disk):
         return None

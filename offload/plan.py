@@ -6,12 +6,13 @@ the placement: the engine makes its tiers from the very object that the user was
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import Any
 
 from offload.errors import OffloadError
 from offload.footprint import ModelFootprint
 from offload.hardware import Machine
-from offload.lanes import HOST, LINK, link_counts
+from offload.lanes import HOST, LINK, link_counts, link_idle
 from offload.placing import (
     Lanes,
     Places,
@@ -77,6 +78,7 @@ class MemoryPlan:
     hit_rate_assumed: float  # of the top tier; the share resident there, until a trace knows better
     link_share: float  # of what VRAM lacks, what the link serves
     link_counts: tuple[int, ...]  # of so many experts that a layer misses, how many the link serves
+    link_idle: tuple[int, ...]  # and how many bytes more it brings into slots meanwhile
     ram_nbytes_per_token: int  # read from main memory by the processor
     vram_nbytes_per_token: int  # read from VRAM by kernels
     link_nbytes_per_token: int  # expected to go to the device
@@ -200,6 +202,8 @@ def make_plan(
         raise _too_little_vram(footprint, machine, budget, placement)
     where, lanes, fast = _choose(found)
     plan = _plan(footprint, machine, where, fast, ram_nbytes, ram_fixed)
+    speeds = lane_speeds(machine, lanes)
+    idle = link_idle(speeds, MAX_CHOICES, footprint.experts_per_token, machine.vram_bw or inf)
     resident = where.device_slots * footprint.slot_nbytes
     resident += footprint.total_experts * where.slice_nbytes
     fixed = budget - room + where.staging_slots * footprint.slot_nbytes
@@ -207,7 +211,8 @@ def make_plan(
         plan,
         vram_budget=budget,
         lanes=lanes if where.device_share < 1 else (),
-        link_counts=link_counts(lane_speeds(machine, lanes), MAX_CHOICES),
+        link_counts=link_counts(speeds, MAX_CHOICES),
+        link_idle=tuple(int(share * footprint.expert_nbytes) for share in idle),
         embedding_on_device=embedding_on_device,
         workspace_nbytes=footprint.device_workspace,
         context_nbytes=_context(machine),
@@ -334,6 +339,7 @@ def _plan(
         hit_rate_assumed=where.device_share if on_device else host_share,
         link_share=fast.link_share,
         link_counts=(),
+        link_idle=(),
         ram_nbytes_per_token=fast.ram_nbytes,
         vram_nbytes_per_token=fast.vram_nbytes,
         link_nbytes_per_token=fast.link_nbytes,

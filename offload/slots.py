@@ -3,11 +3,11 @@
 On the device "cpu" it is the simulated device of the tests: same calls, same promises.
 """
 
-import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from offload.errors import OffloadError
+from offload.pieces import Piece
 from offload.transfer import CudaTransfer, HostTransfer, Mark, Transfer
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ class DeviceSlots(Protocol):
     @property
     def slot_nbytes(self) -> int: ...
 
-    def copy_in(self, slot: int, source: memoryview) -> None:
+    def copy_in(self, slot: int, source: memoryview) -> int:
         """Fill a slot from main memory; on return the bytes are there and `source` is free.
+
+        Returns how many bytes that were: a device may ask for a part of them only.
 
         The kernels that were launched before `released` have read what was there.
         """
@@ -38,8 +40,8 @@ class DeviceSlots(Protocol):
         """Where a slot begins in the device's memory."""
         ...
 
-    def read_back(self, slot: int, nbytes: int) -> bytes:
-        """The first bytes of a slot, for checks."""
+    def holds(self, slot: int, expected: memoryview) -> bool:
+        """Whether a slot has what `copy_in` takes of these bytes, for checks."""
         ...
 
     def close(self) -> None: ...
@@ -48,8 +50,9 @@ class DeviceSlots(Protocol):
 class SlotPool:
     """`num_slots` slots in one allocation of exact size on a torch device; it never grows.
 
-    Copies into different slots may run in several threads. Raises OffloadError when the device has
-    not that much memory.
+    `pieces` says what of an expert is copied, to the place in the slot that it has in the expert;
+    None: all of it. Copies into different slots may run in several threads. Raises OffloadError
+    when the device has not that much memory.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class SlotPool:
         slot_nbytes: int,
         device: "torch.device | str",
         transfer: Transfer | None = None,
+        pieces: Sequence[Piece] | None = None,
     ) -> None:
         import torch
 
         assert num_slots >= 1, "a device tier without slots"
         self.num_slots = num_slots
         self.slot_nbytes = slot_nbytes
+        self._pieces = pieces
         nbytes = num_slots * slot_nbytes
         try:
             self._block = torch.empty(nbytes, dtype=torch.uint8, device=device)  # [num_slots * S]
@@ -89,12 +94,17 @@ class SlotPool:
         assert 0 < nbytes <= self.slot_nbytes, f"{nbytes} bytes in a slot of {self.slot_nbytes}"
         return self._block.narrow(0, slot * self.slot_nbytes, nbytes)  # [nbytes]
 
-    def copy_in(self, slot: int, source: memoryview) -> None:
+    def _pieces_of(self, nbytes: int) -> Sequence[Piece]:
+        return (Piece(0, nbytes),) if self._pieces is None else self._pieces
+
+    def copy_in(self, slot: int, source: memoryview) -> int:
         import torch
 
         target = self._slot(slot, source.nbytes)
         source_bytes = torch.frombuffer(source, dtype=torch.uint8)
-        self._transfer.copy(target, source_bytes, self._last_reads[slot])
+        pieces = self._pieces_of(source.nbytes)
+        self._transfer.copy(target, source_bytes, self._last_reads[slot], pieces)
+        return sum(piece.total_nbytes for piece in pieces)
 
     def released(self, slots: Iterable[int]) -> None:
         mark = self._transfer.mark()
@@ -104,9 +114,13 @@ class SlotPool:
     def address(self, slot: int) -> int:
         return self._slot(slot, self.slot_nbytes).data_ptr()
 
-    def read_back(self, slot: int, nbytes: int) -> bytes:
-        copy = self._slot(slot, nbytes).cpu()  # [nbytes]
-        return ctypes.string_at(copy.data_ptr(), nbytes)
+    def holds(self, slot: int, expected: memoryview) -> bool:
+        import torch
+
+        found = self._slot(slot, expected.nbytes).cpu()  # [nbytes]
+        wanted = torch.frombuffer(expected, dtype=torch.uint8)
+        pieces = self._pieces_of(expected.nbytes)
+        return all(torch.equal(piece.of(found), piece.of(wanted)) for piece in pieces)
 
     def close(self) -> None:
         """Give the memory back; every address of it is dead from here on."""

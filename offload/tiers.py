@@ -75,9 +75,9 @@ class Tiers:
         assert entry.key == staged.key, f"{describe(staged.key)} in place of {describe(entry.key)}"
         nbytes = self.disk.nbytes_of(entry.key)
         with self.buffers[staged.slot][:nbytes] as source:
-            self.device.copy_in(entry.slot, source)
+            moved = self.device.copy_in(entry.slot, source)
         with self.waiting.lock:
-            self.counts.device_nbytes += nbytes
+            self.counts.device_nbytes += moved
 
     def _copy_in(self, entry: Entry) -> None:
         """To the device, by way of main memory, and of the disk if need be."""
@@ -166,7 +166,7 @@ class Tiers:
             if self.host.entries.get(entry.key) is entry:
                 return self.buffers[entry.slot][: expected.nbytes] == expected
             assert self.device is not None
-            return self.device.read_back(entry.slot, expected.nbytes) == expected
+            return self.device.holds(entry.slot, expected)
 
     def close(self) -> None:
         for buffer in self.buffers:

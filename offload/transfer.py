@@ -6,9 +6,12 @@ the piece waits for the mark, on the device.
 """
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from offload.copy2d import CopyRuns
 from offload.host import HostArena
+from offload.pieces import Piece, copy_pieces
 from offload.pinning import CudaPinner, Pinner
 
 if TYPE_CHECKING:
@@ -22,8 +25,14 @@ class Transfer(Protocol):
         """The point that the kernels launched so far by this thread lead up to."""
         ...
 
-    def copy(self, target: "torch.Tensor", source: "torch.Tensor", after: Mark | None) -> None:
-        """uint8 [n] in main memory to uint8 [n] on the device, not before `after` is reached.
+    def copy(
+        self,
+        target: "torch.Tensor",
+        source: "torch.Tensor",
+        after: Mark | None,
+        pieces: Sequence[Piece],
+    ) -> None:
+        """`pieces` of uint8 [n] in main memory to uint8 [n] on the device, after `after`.
 
         Returns when the bytes are there; kernels that run meanwhile go on. Several threads may
         copy at once.
@@ -39,8 +48,14 @@ class HostTransfer:
     def mark(self) -> Mark:
         return None
 
-    def copy(self, target: "torch.Tensor", source: "torch.Tensor", after: Mark | None) -> None:
-        target.copy_(source)
+    def copy(
+        self,
+        target: "torch.Tensor",
+        source: "torch.Tensor",
+        after: Mark | None,
+        pieces: Sequence[Piece],
+    ) -> None:
+        copy_pieces(target, source, pieces)
 
     def close(self) -> None:
         pass
@@ -63,6 +78,7 @@ class CudaTransfer:
         self._stream = torch.cuda.Stream(self._device)
         self._bounce_nbytes = bounce_nbytes
         self._pinner = pinner or CudaPinner(self._device)
+        self._copy_runs = CopyRuns()
         self._bounce: HostArena | None = None  # made when first needed
         self._bounce_lock = threading.Lock()
 
@@ -73,14 +89,26 @@ class CudaTransfer:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def copy(self, target: "torch.Tensor", source: "torch.Tensor", after: Mark | None) -> None:
+    def copy(
+        self,
+        target: "torch.Tensor",
+        source: "torch.Tensor",
+        after: Mark | None,
+        pieces: Sequence[Piece],
+    ) -> None:
         if source.is_pinned():
-            self._copy(target, source, after)
+            self._copy(target, source, after, pieces)
             return
         with self._bounce_lock:
-            self._copy(target, self._bounced(source), after)
+            self._copy(target, self._bounced(source, pieces), after, pieces)
 
-    def _copy(self, target: "torch.Tensor", source: "torch.Tensor", after: Mark | None) -> None:
+    def _copy(
+        self,
+        target: "torch.Tensor",
+        source: "torch.Tensor",
+        after: Mark | None,
+        pieces: Sequence[Piece],
+    ) -> None:
         import torch
 
         done = torch.cuda.Event(blocking=True)  # whoever waits for it sleeps
@@ -88,11 +116,15 @@ class CudaTransfer:
             if after is not None:
                 assert isinstance(after, torch.cuda.Event), f"no mark: {after!r}"
                 self._stream.wait_event(after)
-            target.copy_(source, non_blocking=True)
+            for piece in pieces:
+                if piece.runs == 1:
+                    piece.of(target).copy_(piece.of(source), non_blocking=True)
+                else:
+                    self._copy_runs(piece.of(target), piece.of(source), self._stream)
             done.record(self._stream)
         done.synchronize()
 
-    def _bounced(self, source: "torch.Tensor") -> "torch.Tensor":
+    def _bounced(self, source: "torch.Tensor", pieces: Sequence[Piece]) -> "torch.Tensor":
         """These bytes in the buffer; it is free again once they are copied from there."""
         import torch
 
@@ -101,7 +133,8 @@ class CudaTransfer:
             self._bounce.pin(self._pinner)  # if refused, the driver bounces what we did
         with self._bounce.buffer(0) as buffer:
             bounced = torch.frombuffer(buffer, dtype=torch.uint8)[: source.numel()]
-        return bounced.copy_(source)
+        copy_pieces(bounced, source, pieces)
+        return bounced
 
     def close(self) -> None:
         with self._bounce_lock:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ class Part:
     shape: tuple[int, int]
     offset: int
     nbytes: int
+
+
+class Runs(NamedTuple):
+    """`num_runs` of `nbytes` each, `pitch` bytes from the beginning of one to the next."""
+
+    offset: int
+    nbytes: int
+    num_runs: int
+    pitch: int
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,21 @@ class ExpertLayout:
         assert begin % group_size == end % group_size == 0, (
             f"{begin}..{end} cuts groups of {group_size}"
         )
+
+    def runs(self, begin: int, end: int) -> tuple[Runs, ...]:
+        """Where in an expert's bytes intermediate rows begin..end-1 lie, in the order of the bytes.
+
+        Whole rows of gate and up, of down those columns of every row.
+        """
+        self.check_span(begin, end)
+        found: list[Runs] = []
+        for part in self.parts:
+            down = part.name.startswith("down_proj")
+            count = part.shape[0] if down else 1
+            pitch = part.nbytes // count
+            first, last = (at * pitch // self.intermediate_size for at in (begin, end))
+            found.append(Runs(part.offset + first, last - first, count, pitch))
+        return tuple(found)
 
     def restricted(self, begin: int, end: int) -> "ExpertLayout":
         """The layout of the expert that has intermediate rows begin..end-1 alone."""

@@ -116,8 +116,8 @@ def routed_experts(
     waves, and the sum over k of all waves is bitwise that of one. With `span` only intermediate
     rows begin..end-1 contribute, whole groups; spans that make up the whole add up to it.
 
-    The memory behind `addresses` must hold `layout.nbytes` bytes, the whole expert whatever the
-    span is, and stay as it is meanwhile.
+    The memory behind `addresses` must hold `layout.nbytes` bytes, laid out as the whole expert
+    whatever the span is, and stay as it is meanwhile. Of rows outside the span nothing is used.
     """
     result: Tensor = torch.ops.moecli.routed_experts(
         *(hidden, topk_ids, topk_weights, addresses),

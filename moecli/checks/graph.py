@@ -49,7 +49,7 @@ class _Model:
         links = torch.arange(65, dtype=torch.int32) // (2 if with_host else 1)
         self.cache = DeviceCache(
             *(*shape, _SLOTS, _LAYOUT.slot_nbytes, _LAYOUT.nbytes, device, seen.view(shape)),
-            *(placement, links, _CHOICES),
+            *(placement, links, [0, *[_LAYOUT.nbytes // 3] * 64], _CHOICES),
         )
         stack.callback(self.cache.close)
         if placement == "pinned":

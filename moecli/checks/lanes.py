@@ -21,6 +21,7 @@ _LAYERS, _EXPERTS, _CHOICES = 2, 8, 4
 _SLOT_NBYTES = 5 * 4096
 _UNREACHABLE = 3  # the expert of each layer that only the host can serve
 _LINK_COUNTS = [0, 1, 1, 2, 3, *range(4, 64)]
+_LINK_IDLE = [0, 4096, *[3 * 4096] * 62]  # so an expert comes piece by piece as well
 _STEPS = 10
 
 
@@ -54,7 +55,7 @@ def _cache(
         addresses[:, _UNREACHABLE] = 0
         cache = DeviceCache(
             *(_LAYERS, _EXPERTS, num_slots, _SLOT_NBYTES, expert_nbytes, device, addresses),
-            *(placement, torch.tensor(_LINK_COUNTS, dtype=torch.int32), 2 * _CHOICES),
+            *(placement, torch.tensor(_LINK_COUNTS, dtype=torch.int32), _LINK_IDLE, 2 * _CHOICES),
         )
         try:
             yield cache, arena
@@ -95,7 +96,7 @@ def resolve(device: torch.device) -> None:
                 equal(f"{what}: places", _places(fast, layer_index), _places(plain, layer_index))
                 if fast.snapshot().keys() != plain.snapshot().keys():
                     raise Mismatch(f"{what}: other experts are resident")
-            if fast.counters() != plain.counters():
+            if fast.counters() != plain.counters() or fast.num_arrived != plain.num_arrived:
                 raise Mismatch(f"{placement}, {num_slots} slots: the counters differ")
             fast.check_integrity()
 
@@ -121,7 +122,7 @@ def fetch(device: torch.device) -> None:
                     with kernels_chosen(device):
                         cache.resolve(layer_index, routing(step, layer_index).to(device))
                         cache.fetch()
-            if not cache.snapshot():
+            if not cache.snapshot() or not cache.num_arrived:
                 raise Mismatch("nothing was fetched")
             try:
                 cache.check_integrity(lambda key: _bytes(arena, *key))

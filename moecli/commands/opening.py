@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from moecli import store, ui
 from moecli.config import EngineConfig
-from moecli.errors import MoecliError
 from moecli.terminal import say
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ def open_engine(path: Path, config: EngineConfig, keep_usage: bool = True) -> "E
     """
     from moecli.engine import Engine
 
-    require_card(config)
     with ui.counting_line("loading the model", "experts") as line:
         return Engine.open(
             path,
@@ -38,20 +36,6 @@ def open_engine(path: Path, config: EngineConfig, keep_usage: bool = True) -> "E
             notify=ui.show_note,
             progress=line.update,
             usage_file=store.usage_file(path) if keep_usage else None,
-        )
-
-
-def require_card(config: EngineConfig) -> None:
-    """Raises MoecliError where the settings ask for a CUDA device that this machine lacks."""
-    if config.device != "cuda" and config.vram_nbytes is None:
-        return
-    from offload.hardware import detect
-
-    if detect(gpu=True).gpu_name is None:
-        asked = "`--device cuda`" if config.device == "cuda" else "`--vram`"
-        raise MoecliError(
-            f"{asked} asks for a graphics card, but torch finds no CUDA device here",
-            "`moecli doctor` shows what is found; `--device cpu` runs on the processor",
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moecli import options, store, ui
-from moecli.commands.opening import require_card
+from moecli.card import takes_card
 from moecli.commands.show import Readable
 from moecli.config import EngineConfig
 from moecli.settings import Settings
@@ -115,7 +115,7 @@ def _machine(asked: _Asked, config: EngineConfig, rates: dict[str, float | None]
 
     machine = detect(asked.path, gpu=config.device != "cpu")
     if config.device == "cuda" and config.vram_nbytes is None:
-        require_card(config)
+        takes_card(config)  # or says that there is none
     stated: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
     machine = replace(machine, **stated)
     if machine.gpu_name is not None or config.vram_nbytes is not None:

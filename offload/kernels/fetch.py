@@ -1,7 +1,8 @@
 """Knows how many programs copy experts into their slots together; not why these experts.
 
 The grid never changes, so that a captured graph holds it: how many experts there are to copy is
-read on the device, and a program without work ends at once.
+read on the device, and a program without work ends at once. Of the expert after these a few
+pieces are copied.
 """
 
 # mypy: allow-untyped-defs
@@ -10,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offload.device_ops import PIECE_NBYTES
+
 BLOCK = 4096  # words of 4 bytes: four 16-byte loads on their way for each of 256 threads
 MAX_PROGRAMS = 64  # 1 MiB on its way in all, far above what a link holds, on any card
 NUM_WARPS = 8
-PIECE_NBYTES = 16  # what one thread loads at once
 
 
 @triton.jit
@@ -26,15 +28,16 @@ def _words(address, offset, BLOCK: tl.constexpr):
 
 @triton.jit
 def fetch_kernel(src, dst, count, num_pieces, BLOCK: tl.constexpr):
-    num_words = num_pieces * 4  # said so that the compiler sees it: masks do not split a piece
-    blocks = tl.cdiv(num_words, BLOCK)  # of one expert
-    end = tl.load(count) * blocks
+    num_whole, rest = tl.load(count), tl.load(count + 1)
+    blocks = tl.cdiv(num_pieces * 4, BLOCK)  # of one expert
+    end = num_whole * blocks + tl.cdiv(rest * 4, BLOCK)
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     while block < end:
         item = block // blocks
         offset = (block % blocks) * BLOCK + lane
-        here = offset < num_words
+        # Said so that the compiler sees it: masks do not split a piece.
+        here = offset < tl.where(item < num_whole, num_pieces, rest) * 4
         source = _words(tl.load(src + item), offset, BLOCK)
         target = _words(tl.load(dst + item), offset, BLOCK)
         # Read once and never again from there, so it should not push anything out of the cache.

@@ -3,7 +3,8 @@
 Legend: N choices, C = N rounded up to a power of two, E experts a layer, S slots. It is launched
 once a layer and token, so what counts is the chain of loads that wait for each other: two where
 all experts are resident; where some are to be fetched, one sweep over the stamps for all of them,
-and one short load for each.
+and one short load for each. Beside them one more comes piece by piece, over many launches: the
+first of the host's, when none is on its way.
 
 Threads of a program see each other's writes to memory only across a barrier. So every table is
 read before the barrier after which it is written, and stamps of hits are written before it.
@@ -15,9 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offload.device_ops import COMING, COUNT, DONE, INTO, PIECE_NBYTES
+
+COMING_, INTO_, DONE_, COUNT_ = (tl.constexpr(n) for n in (COMING, INTO, DONE, COUNT))
 MAX_COLUMNS = 4096  # of a sweep: 16 stamps a thread
 NUM_WARPS = 8
 NEVER = tl.constexpr(2**63 - 1)
+PIECE = tl.constexpr(PIECE_NBYTES)
 
 
 @triton.jit
@@ -72,7 +77,8 @@ def _admit(
     stamp,
     key,  # int32 [C]
     slot,  # int32 [C]
-    fetched,  # bool [C]
+    admitted,  # bool [C]
+    fetched,  # bool [C]; one more may be admitted: the slot is its own, but it is not there yet
     rank,  # int32 [C]
     stamp_of_choice,  # int64 [C]
     num_slots,
@@ -80,14 +86,25 @@ def _admit(
     ROWS: tl.constexpr,
 ):
     """Make the fetched experts residents in place of the oldest ones -> slots, int32 [C]."""
-    slot = _take_oldest(slot, fetched, rank, stamp, num_slots, COLUMNS, ROWS)
-    evicted = tl.load(owner + slot, mask=fetched, other=-1)  # -1: the slot was free
+    slot = _take_oldest(slot, admitted, rank, stamp, num_slots, COLUMNS, ROWS)
+    evicted = tl.load(owner + slot, mask=admitted, other=-1)  # -1: nobody had the slot
     tl.debug_barrier()
-    tl.store(slot_of + evicted, tl.full(slot.shape, -1, tl.int32), mask=fetched & (evicted >= 0))
+    tl.store(slot_of + evicted, tl.full(slot.shape, -1, tl.int32), mask=admitted & (evicted >= 0))
     tl.store(slot_of + key, slot, mask=fetched)
     tl.store(owner + slot, key, mask=fetched)
-    tl.store(stamp + slot, stamp_of_choice, mask=fetched)
+    tl.store(stamp + slot, stamp_of_choice, mask=admitted)
     return slot
+
+
+@triton.jit
+def _any(here):
+    return tl.max(here.to(tl.int32), axis=0) != 0
+
+
+@triton.jit
+def _one(here, values):
+    """The value where `here` is true, which is in one place at most; else 0"""
+    return tl.sum(tl.where(here, values, 0), axis=0)
 
 
 @triton.jit
@@ -121,13 +138,16 @@ def resolve_kernel(
     counters,  # int64 [L, 4]
     host_addresses,  # int64 [L, E]
     link_counts,  # int32 [> N]
+    link_idle,  # int32 [> N]
     slots_address,
     slot_nbytes,
+    num_pieces,
     step_addresses,  # int64 [E]
     host_mask,  # int32 [E]
-    fetch_src,  # int64 [>= N]
-    fetch_dst,  # int64 [>= N]
-    fetch_count,  # int32 [1]
+    fetch_src,  # int64 [> N]
+    fetch_dst,  # int64 [> N]
+    fetch_count,  # int32 [2]
+    arrival,  # int64 [4]
     num_choices,
     num_experts,
     num_slots,
@@ -146,9 +166,11 @@ def resolve_kernel(
     slot = tl.load(slot_of + key, mask=first, other=-1)
     source = tl.load(host_addresses + key, mask=first, other=0)
     hit = first & (slot >= 0)
-    reachable = (first & (slot < 0) & (source != 0)).to(tl.int32)
+    miss = first & (slot < 0)
+    num_misses = tl.sum(miss.to(tl.int32))
+    reachable = (miss & (source != 0)).to(tl.int32)
     rank = tl.cumsum(reachable) - reachable  # among the reachable, in the order asked
-    limit = tl.sum(tl.where(choice + 1 == tl.sum(reachable), limits, 0))
+    limit = _one(choice + 1 == num_misses, limits)
     linked = (reachable != 0) & (rank < limit)
     lanes = counters + layer_index * 4 + tl.arange(0, 4)
     counted = tl.load(lanes)
@@ -156,24 +178,54 @@ def resolve_kernel(
     fetched = linked & (choice < 0)  # none
     if ADMIT:
         now = tl.load(clock)
-        fetched = linked & (rank < num_slots - tl.sum(hit.to(tl.int32)))
+        idles = tl.load(link_idle + 1 + choice, mask=choice < num_choices, other=0)
+        coming, into = tl.load(arrival + COMING_), tl.load(arrival + INTO_)
+        done, count = tl.load(arrival + DONE_), tl.load(arrival + COUNT_)
+        home = tl.load(host_addresses + coming, mask=coming >= 0, other=0)
+        idle = _one(choice + 1 == num_misses, idles)
+        lost = (coming >= 0) & ((home == 0) | _any(linked & (key == coming)))
+        tl.store(stamp + into, 0, mask=lost)  # free, so the first to be taken
         tl.store(stamp + slot, now + choice, mask=hit)
+        coming = tl.where(lost, -1, coming)
+        begins = ((coming < 0) & (idle > 0)).to(tl.int32)
+        room = num_slots - tl.sum(hit.to(tl.int32))
+        admitted = (reachable != 0) & (rank < tl.minimum(limit + begins, room))
+        fetched = linked & admitted
     tl.debug_barrier()
     num_fetched = tl.sum(fetched.to(tl.int32))
     if ADMIT:
         tl.store(clock, now + 2 * num_choices)
-        if num_fetched > 0:
-            arrival = now + num_choices + choice
+        if _any(admitted):
+            stamps = now + num_choices + choice
             slot = _admit(
-                slot_of, owner, stamp, key, slot, fetched, rank, arrival, num_slots, COLUMNS, ROWS
+                *(slot_of, owner, stamp, key, slot, admitted, fetched, rank, stamps),
+                *(num_slots, COLUMNS, ROWS),
             )
+        coming = tl.where(_any(admitted & (slot == into)), -1, coming)
+        begun = admitted & ~linked
+        if _any(begun):
+            coming, into = _one(begun, key).to(tl.int64), _one(begun, slot).to(tl.int64)
+            home, done = _one(begun, source), tl.zeros_like(done)
+        pieces = tl.where(coming >= 0, tl.minimum(idle, num_pieces - done), 0)
+        tl.store(fetch_src + num_fetched, home + done * PIECE, mask=pieces > 0)
+        place = slots_address + into * slot_nbytes
+        tl.store(fetch_dst + num_fetched, place + done * PIECE, mask=pieces > 0)
+        tl.store(fetch_count + 1, pieces.to(tl.int32))
+        done += pieces
+        arrived = (coming >= 0) & (done == num_pieces)
+        tl.store(owner + into, tl.where(arrived, coming, -1).to(tl.int32), mask=coming >= 0)
+        tl.store(slot_of + coming, into.to(tl.int32), mask=arrived)
+        tl.store(arrival + COMING_, tl.where(arrived, -1, coming))
+        tl.store(arrival + INTO_, into)
+        tl.store(arrival + DONE_, done)
+        tl.store(arrival + COUNT_, count + arrived.to(tl.int64))
     place = slots_address + slot.to(tl.int64) * slot_nbytes
     tl.store(fetch_src + rank, source, mask=fetched)
     tl.store(fetch_dst + rank, place, mask=fetched)
     tl.store(fetch_count, num_fetched)
     address = tl.where(hit | fetched, place, source)
     tl.store(step_addresses + expert, address, mask=hit | linked)
-    tl.store(host_mask + expert, tl.full([CHOICES], 1, tl.int32), mask=first & ~hit & ~linked)
+    tl.store(host_mask + expert, tl.full([CHOICES], 1, tl.int32), mask=miss & ~linked)
     tl.store(lanes, counted + _count(first, hit, fetched, linked))
 
 
@@ -187,14 +239,17 @@ def resolve(
     counters: Tensor,
     host_addresses: Tensor,
     link_counts: Tensor,
+    link_idle: Tensor,
     slots: Tensor,
     slot_nbytes: int,
+    num_pieces: int,
     admit: bool,
     step_addresses: Tensor,
     host_mask: Tensor,
     fetch_src: Tensor,
     fetch_dst: Tensor,
     fetch_count: Tensor,
+    arrival: Tensor,
 ) -> None:
     """One launch of one program; see `device_ops.resolve`."""
     num_experts, num_slots = slot_of.shape[1], owner.numel()
@@ -209,13 +264,16 @@ def resolve(
         counters,
         host_addresses,
         link_counts,
+        link_idle,
         slots.data_ptr(),
         slot_nbytes,
+        num_pieces,
         step_addresses,
         host_mask,
         fetch_src,
         fetch_dst,
         fetch_count,
+        arrival,
         topk_ids.numel(),
         num_experts,
         num_slots,

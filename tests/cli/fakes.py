@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from moecli.card import takes_card
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.errors import MoecliError
 from moecli.events import Event, Finished, GenerationStats, PrefillProgress, TextDelta
@@ -69,6 +70,7 @@ class FakeEngine:
         progress: Callable[[int, int], None] = lambda done, total: None,
         usage_file: Path | None = None,
     ) -> "FakeEngine":
+        takes_card(config)  # as the real one asks
         if not path.is_dir():
             raise MoecliError(f"`{path}` is no model", "give one")
         if os.environ.get("FAKE_LOADING"):

@@ -51,3 +51,13 @@ def quantized_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from moecli import store
 
     return quantize(store.demo_source(), tmp_path_factory.mktemp("demo") / "quantized", 128)
+
+
+@pytest.fixture(scope="session")
+def many_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with some 40 MiB of experts, far more than some budgets."""
+    root = tmp_path_factory.mktemp("wide")
+    experts, inner = 96, 1024
+    config = tiny.llama4_config() | {"num_local_experts": experts, "intermediate_size": inner}
+    tensors = tiny.llama4_tensors(experts=experts, inner=inner)
+    return quantize(tiny.write_checkpoint(root / "source", config, tensors), root / "out", 32)

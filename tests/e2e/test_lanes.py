@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moecli.config import SIMULATED, EngineConfig, SamplingConfig
+from moecli.device import DeviceParts
 from moecli.engine import Engine
 from moecli.events import Finished, GenerationStats
 from moecli.footprint import model_footprint
@@ -62,8 +65,8 @@ def little_for(placement: str) -> float:
 def answer(
     path: Path, sampling: SamplingConfig = GREEDY, prompt: str = PROMPT, **config: object
 ) -> Answer:
-    settings = EngineConfig(ctx=CTX, prefill_chunk=CHUNK, **config)  # type: ignore[arg-type]
-    with Engine.open(path, settings) as engine:
+    wishes = EngineConfig(ctx=CTX, prefill_chunk=CHUNK, **config)  # type: ignore[arg-type]
+    with Engine.open(path, wishes) as engine:
         session = engine.new_session()
         tokens = engine.encode_chat([{"role": "user", "content": prompt}])
         last = None
@@ -88,10 +91,10 @@ def on_device(
         and footprint_of(path).intermediate_size == footprint_of(path).group_size
     ):
         pytest.skip("experts of one group of rows cannot be sliced")
-    settings = {"kernels": "torch", "vram_nbytes": vram_for(path, share), **config}
-    settings.setdefault("ram_nbytes", EVERYTHING)
+    options = {"kernels": "torch", "vram_nbytes": vram_for(path, share), **config}
+    options.setdefault("ram_nbytes", EVERYTHING)
     return answer(
-        path, sampling, prompt, device=SIMULATED, placement=placement, lane=lane, **settings
+        path, sampling, prompt, device=SIMULATED, placement=placement, lane=lane, **options
     )
 
 
@@ -112,6 +115,11 @@ def model(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def expected(model: Path) -> Answer:
     return answer(model, kernels="torch")
+
+
+@pytest.fixture(scope="session")
+def expected_wide(quantized_wide: Path) -> Answer:
+    return answer(quantized_wide, kernels="torch")
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +169,40 @@ def test_a_prompt_s_experts_are_copied_ahead(
     assert long_ones <= len(guessed) / (tiny.LAYERS - 1) <= chunks
 
 
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_a_prompt_s_slices_are_not_copied_again(
+    quantized_wide: Path, expected_wide: Answer, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of experts this small a copy in pieces would not pay: here it is done all the same."""
+    monkeypatch.setattr("offload.pieces.RUN_GAP_NBYTES", 1)
+    monkeypatch.setattr("offload.pieces.GAP_NBYTES", 1)
+    wishes = EngineConfig(
+        ctx=CTX,
+        prefill_chunk=CHUNK,
+        device=SIMULATED,
+        kernels="torch",
+        vram_nbytes=vram_for(quantized_wide, share),
+        ram_nbytes=EVERYTHING,
+        placement="slice",
+        lane="link",
+    )
+    with Engine.open(quantized_wide, wishes) as engine:
+        session = engine.new_session()
+        tokens = engine.encode_chat([{"role": "user", "content": PROMPT}])
+        for _ in engine.generate(session, tokens, GREEDY):
+            pass
+        engine.check_integrity(deep=True)
+        assert isinstance(engine._parts, DeviceParts)
+        plan, stats = engine.plan, engine._parts.tiers.manager.stats  # without the lanes' own
+        assert list(session.tokens) == expected_wide.tokens
+    copies = stats.misses + stats.copied_ahead
+    assert copies >= plan.total_experts // 2
+    absent = plan.intermediate_size - plan.slice_size
+    assert 0 < absent < plan.intermediate_size
+    a_row = plan.expert_nbytes // plan.intermediate_size
+    assert stats.device_nbytes == copies * absent * a_row
+
+
 def test_the_same_with_all_experts_in_vram(model: Path, expected: Answer) -> None:
     found = on_device(model, 2.0, "auto", "auto")
     assert found.tokens == expected.tokens
@@ -193,6 +235,44 @@ def test_the_same_when_the_system_refuses_to_pin(
     limit = int(share * footprint.total_experts) * footprint.slot_nbytes + (1 << 21)
     monkeypatch.setattr("moecli.opening_device.SimulatedPinner", lambda: SimulatedPinner(limit))
     assert on_device(model, little_for(placement), placement, lane).tokens == expected.tokens
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    arm=st.sampled_from(ARMS),
+    share=st.floats(0.3, 1.0),
+    ram_slots=st.integers(2, 20),
+    pinned=st.one_of(st.none(), st.floats(0, 1)),
+    in_pieces=st.booleans(),
+    length=st.integers(2, 40),
+)
+def test_the_same_in_whatever_memory_there_is(
+    quantized_wide: Path,
+    expected_wide: Answer,
+    arm: tuple[str, str],
+    share: float,
+    ram_slots: int,
+    pinned: float | None,
+    in_pieces: bool,
+    length: int,
+) -> None:
+    """Random budgets, of which the system pins a part, and copies in pieces or whole."""
+    footprint = footprint_of(quantized_wide)
+    ram = footprint.embedding_nbytes + (ram_slots + 1) * footprint.slot_nbytes
+    sampling = SamplingConfig(temperature=0, max_tokens=length)
+    with pytest.MonkeyPatch.context() as patch:
+        if in_pieces:
+            patch.setattr("offload.pieces.RUN_GAP_NBYTES", 1)
+            patch.setattr("offload.pieces.GAP_NBYTES", 1)
+        if pinned is not None:
+            limit = int(pinned * footprint.experts_nbytes) + (1 << 21)
+            pinner = SimulatedPinner
+            patch.setattr("moecli.opening_device.SimulatedPinner", lambda: pinner(limit))
+        share = max(share, little_for(arm[0]))
+        found = on_device(quantized_wide, share, *arm, sampling, ram_nbytes=ram)
+    same = min(len(found.tokens), len(expected_wide.tokens))
+    assert same > found.stats.prompt_tokens
+    assert found.tokens[:same] == expected_wide.tokens[:same]
 
 
 def test_the_same_draws_as_on_the_processor(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

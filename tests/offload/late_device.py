@@ -2,10 +2,12 @@
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
 from offload.errors import OffloadError
+from offload.pieces import Piece, copy_pieces
 from offload.transfer import Mark
 from tests.offload.offload_files import bytes_at
 
@@ -33,14 +35,20 @@ class LateTransfer:
         with self._lock:
             return self._launched
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Mark | None) -> None:
+    def copy(
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        after: Mark | None,
+        pieces: Sequence[Piece],
+    ) -> None:
         if self.fail_next:
             self.fail_next = False
             raise OffloadError("the device is gone")
         if after is not None:
             assert isinstance(after, int)
             self.run(until=after)
-        target.copy_(source)
+        copy_pieces(target, source, pieces)
 
     def run(self, until: int | None = None) -> None:
         """Let the kernels launched so far come to their end, or the first `until` of them."""

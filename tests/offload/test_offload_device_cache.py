@@ -47,6 +47,7 @@ class DeviceCacheMachine(RuleBasedStateMachine):
         num_slots=st.integers(0, 9),
         shares=st.lists(st.integers(0, 8), min_size=9, max_size=9),
         unreachable=st.sets(st.tuples(st.integers(0, 1), st.integers(0, 5)), max_size=3),
+        idle=st.lists(st.integers(0, 50), min_size=8, max_size=8),
         warm=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5)), unique=True, max_size=9),
     )
     def start(
@@ -54,12 +55,14 @@ class DeviceCacheMachine(RuleBasedStateMachine):
         placement: str,
         num_slots: int,
         shares: list[int],
+        idle: list[int],
         unreachable: set[ExpertKey],
         warm: list[ExpertKey],
     ) -> None:
+        idle = [0, *idle]
         counts = [min(share, misses) for misses, share in enumerate(shares)]
-        self.cache = self.experts.cache(num_slots, placement, counts)
-        self.twin = HostTwin(self.cache)
+        self.cache = self.experts.cache(num_slots, placement, counts, idle=idle)
+        self.twin = HostTwin(self.cache, idle)
         for key in unreachable:
             self.cache.host_addresses[key] = 0
         warm = warm[: min(num_slots, len(warm))]
@@ -82,9 +85,8 @@ class DeviceCacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         self.cache.check_integrity(self.experts.read)
-        entries = self.twin.table.entries if self.twin.table else {}
-        residents = {key: entry.address for key, entry in entries.items()}
-        assert self.cache.snapshot() == residents
+        assert self.cache.snapshot() == self.twin.residents()
+        assert self.cache.num_arrived == self.twin.num_arrived
         assert self.cache.counters() == list(self.twin.counts.values())
 
 
@@ -110,16 +112,16 @@ def test_misses_are_divided_in_the_order_asked_and_duplicates_count_once() -> No
     experts = Experts(1, 8)
     cache = experts.cache(4, counts=[0, 1, 1, 2, 2], max_choices=4)
     cache.host_addresses[0, 7] = 0
-    addresses, host = step(cache, 0, [7, 3, 3, 1])  # two reachable: the link serves the first
-    assert set(addresses) == {3}
-    assert host == {7, 1}
+    addresses, host = step(cache, 0, [7, 3, 3, 1])  # two of three are the link's: those in reach
+    assert set(addresses) == {3, 1}
+    assert host == {7}
     addresses, host = step(cache, 0, [3, 1, 0, 2])
     assert set(addresses) == {3, 1, 0}
     assert host == {2}
     (counts,) = cache.counters()
-    assert counts == LaneCounts(hits=1, fetched=3, linked=0, host=3)
+    assert counts == LaneCounts(hits=2, fetched=3, linked=0, host=2)
     assert counts.requests == 7
-    assert counts.hit_rate == pytest.approx(1 / 7)
+    assert counts.hit_rate == pytest.approx(2 / 7)
     assert LaneCounts().hit_rate is None
 
 

@@ -26,9 +26,10 @@ def _backend_as_it_was() -> Iterator[None]:
 
 def state(cache: DeviceCache) -> dict[str, list[Any]]:
     """All that a step leaves behind, slots told by their number and not their address."""
-    count = int(cache._fetch_count)
+    count = int(cache._fetch_count[0]) + bool(cache._fetch_count[1])
     base = cache._slots.data_ptr()
     tables = ("_slot_of", "_owner", "_stamp", "_clock", "_counters", "host_mask")
+    tables += ("_arrival", "_fetch_count")
     found = {name: getattr(cache, name).tolist() for name in tables}
     found["fetch_src"] = cache._fetch_src[:count].tolist()
     found["fetch_slot"] = [a - base for a in cache._fetch_dst[:count].tolist()]
@@ -49,7 +50,8 @@ def test_kernel_and_reference_leave_the_same_state(
     monkeypatch.setattr(resolve, "MAX_COLUMNS", 64)
     experts = Experts(3, 150)
     counts = [m - m // 3 for m in range(65)]
-    caches = {name: experts.cache(num_slots, "lru", counts, 64) for name in BACKENDS}
+    idle = [16 * (m % 3) for m in range(65)]
+    caches = {name: experts.cache(num_slots, "lru", counts, 64, idle) for name in BACKENDS}
     generator = torch.Generator().manual_seed(num_slots)
     for turn in range(10):
         size = (1, 3, 8, 24, 64)[turn % 5]
@@ -60,6 +62,7 @@ def test_kernel_and_reference_leave_the_same_state(
             cache.fetch()
         assert state(caches["triton"]) == state(caches["torch"])
     caches["triton"].check_integrity(experts.read)
+    assert caches["triton"].num_arrived or num_slots == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,17 +102,19 @@ def test_copies_of_many_blocks_are_whole_and_touch_nothing_else(
     monkeypatch.setattr(fetch, "BLOCK", 64)
     assert triton is not None
     device_ops.set_backend(backend)
-    nbytes, slot_nbytes = 64 * 4 * 2 + 48, 1024
+    nbytes, slot_nbytes, rest = 64 * 4 * 2 + 48, 1024, 64 * 4 + 32
     source = reachable(torch.randint(0, 256, (num_experts, nbytes), dtype=torch.uint8))
     slots = torch.full((num_experts * slot_nbytes,), 7, dtype=torch.uint8, device=DEVICE)
     number = torch.arange(num_experts, device=DEVICE)
     src = source.data_ptr() + number * nbytes
     dst = slots.data_ptr() + number.flip(0) * slot_nbytes
     num_copies = max(1, num_experts - 1)
-    count = torch.tensor([num_copies], dtype=torch.int32, device=DEVICE)
+    pieces = 0 if num_copies == num_experts else rest // 16
+    count = torch.tensor([num_copies, pieces], dtype=torch.int32, device=DEVICE)
     torch.ops.moecli_offload.fetch(src, dst, count, nbytes, slots)
     expected = torch.full((num_experts, slot_nbytes), 7, dtype=torch.uint8)
     expected[:num_copies, :nbytes] = source[:num_copies]
+    expected[num_copies:, :rest] = source[num_copies:, :rest]
     assert torch.equal(slots.cpu().view(num_experts, slot_nbytes).flip(0), expected)
 
 
@@ -182,7 +187,7 @@ def compiled(kernel, constants, arch):
     types = {"layer_index": "i32", "slots_address": "i64", "slot_nbytes": "i64",
              "num_choices": "i32", "num_experts": "i32", "num_slots": "i32", "num_pieces": "i32",
              "count": "*i32", "fetch_count": "*i32", "slot_of": "*i32", "owner": "*i32",
-             "link_counts": "*i32", "host_mask": "*i32"}
+             "link_counts": "*i32", "link_idle": "*i32", "host_mask": "*i32"}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*i64") for n in names}
     source = ASTSource(kernel, signature, constants)

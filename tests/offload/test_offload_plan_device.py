@@ -198,6 +198,22 @@ def test_one_choice_a_token_is_sliced_where_both_lanes_gain() -> None:
     )
 
 
+def test_slots_follow_use_though_the_processor_serves_every_miss() -> None:
+    one = replace(MODEL, experts_per_token=1, intermediate_size=64)  # cannot be sliced
+    fast = replace(MACHINE, host_bw=8e5)
+    vram = FIXED + 88 * SLOT
+    plan = make_plan(one, fast, 10**7, vram)
+    assert (plan.placement, plan.lanes, plan.link_share) == ("lru", ("link", "host"), 0)
+    assert plan.link_counts[:3] == (0, 0, 0)
+    # In the time of one expert the link brings a quarter of one, less the time for its hits.
+    assert plan.link_idle[:2] == (0, EXPERT // 4)
+    two = make_plan(replace(one, experts_per_token=2), fast, 10**7, vram)
+    assert two.link_idle[1] == int(EXPERT * (1 / 8e5 - 1 / 2e6) * 2e5)
+    little = make_plan(one, fast, 30_000 + SLOT + 100 * SLOT, vram)
+    assert (little.placement, little.lanes) == ("pinned", ("host",)), "RAM lacks what VRAM holds"
+    assert make_plan(one, fast, 10**7, vram, lane="link").link_idle[:3] == (0, 0, 0)
+
+
 def test_everything_in_vram() -> None:
     plan = device_plan(160)
     assert (plan.placement, plan.lanes, plan.device_slots) == ("pinned", (), 160)
@@ -231,7 +247,7 @@ def test_prefill_streams_what_vram_lacks() -> None:
     plan = make_plan(model, MACHINE, 10**7, vram, placement="lru")
     assert plan.predicted_prefill_tok_s == pytest.approx(2e5 / (ACTIVE * 83 / 160))
     sliced = make_plan(model, MACHINE, 10**7, FIXED + 91 * SLOT, placement="slice")
-    assert sliced.predicted_prefill_tok_s == pytest.approx(2e5 / ACTIVE), "whole experts pass"
+    assert sliced.predicted_prefill_tok_s == pytest.approx(4 * 2e5 / ACTIVE), "a quarter passes"
     long = replace(MODEL, prefill_tokens=1000)
     chunk = make_plan(long, MACHINE, 10**7, vram, placement="lru")
     assert chunk.predicted_prefill_tok_s == pytest.approx(1000 * 2e5 / (83 * EXPERT))

@@ -1,6 +1,7 @@
 """Random routings, budgets, leases, guesses and failures; nothing may ever be out of place."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -19,6 +20,7 @@ from offload.errors import OffloadError
 from offload.keys import ExpertKey
 from offload.lease import Lease
 from offload.manager import ExpertManager
+from offload.pieces import Piece
 from offload.pinning import SimulatedPinner
 from offload.slots import SlotPool
 from offload.table import SlotTable
@@ -27,6 +29,8 @@ from tests.offload.offload_files import FlakyDisk, ModelFiles, bytes_at
 
 EXPERTS = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 LAYER = st.integers(0, 2)
+# What of an expert is copied to the device, where that has the rest already.
+PIECES = ((Piece(2000, 3000),), (Piece(100, 40), Piece(500, 90, 5, 800), Piece(4999, 1)))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -50,6 +54,7 @@ class CacheMachine(RuleBasedStateMachine):
         keep=st.sampled_from([True, True, True, False]),
         pinned_slots=st.integers(0, 9),
         fragile=st.booleans(),
+        pieces=st.sampled_from([None, *PIECES]),
     )
     def start(
         self,
@@ -59,14 +64,19 @@ class CacheMachine(RuleBasedStateMachine):
         keep: bool,
         pinned_slots: int,
         fragile: bool,
+        pieces: tuple[Piece, ...] | None,
     ) -> None:
         self.fragile = fragile
+        self.copied = pieces or (Piece(0, self.files.nbytes),)
         slot_nbytes = self.files.slot_nbytes
         self.late = LateTransfer()
         self.disk = FlakyDisk(self.files.spans, self.drop_cache)
+        device = None
+        if device_slots:
+            device = SlotPool(device_slots, slot_nbytes, "cpu", self.late, pieces)
         self.manager = self.files.manager(
             host_slots,
-            device=SlotPool(device_slots, slot_nbytes, "cpu", self.late) if device_slots else None,
+            device=device,
             num_workers=num_workers,
             keep=keep,
             disk=self.disk,
@@ -119,8 +129,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.manager is not None
         self.check_bytes()
         if self.on_device and lease.table is self.manager._top:
-            for expert, address in lease.addresses.items():
-                self.late.launch(address, self.files.blobs[lease.layer, expert])
+            for address, expected in self.expected(lease):
+                self.late.launch(address, expected)
         self.leases.remove(lease)
         lease.release()
 
@@ -202,11 +212,21 @@ class CacheMachine(RuleBasedStateMachine):
     def let_kernels_run(self) -> None:
         self.late.run()
 
+    def expected(self, lease: Lease) -> Iterator[tuple[int, bytes]]:
+        """What lies at which address: all of an expert, or what is copied to the device."""
+        assert self.manager is not None
+        up = self.on_device and lease.table is self.manager._top
+        pieces = self.copied if up else (Piece(0, self.files.nbytes),)
+        for expert, address in lease.addresses.items():
+            blob = self.files.blobs[lease.layer, expert]
+            for piece in pieces:
+                for start in range(piece.offset, piece.end, piece.pitch or piece.nbytes):
+                    yield address + start, blob[start : start + piece.nbytes]
+
     def check_bytes(self) -> None:
         for lease in self.leases:
-            for expert, address in lease.addresses.items():
-                blob = self.files.blobs[lease.layer, expert]
-                assert bytes_at(address, len(blob)) == blob
+            for address, expected in self.expected(lease):
+                assert bytes_at(address, len(expected)) == expected
 
     @invariant()
     def nothing_is_out_of_place(self) -> None:
@@ -252,7 +272,7 @@ class CacheMachine(RuleBasedStateMachine):
         reads = stats.host_misses if self.on_device else stats.misses
         assert read == reads + stats.prefetch_reads + stats.leased_misses
         copies = stats.misses + stats.copied_ahead if self.on_device else 0
-        assert stats.device_nbytes == copies * nbytes
+        assert stats.device_nbytes == copies * sum(piece.total_nbytes for piece in self.copied)
         assert stats.host_hits + stats.host_misses == (stats.misses if self.on_device else 0)
 
 

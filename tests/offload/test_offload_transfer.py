@@ -2,11 +2,24 @@
 
 import contextlib
 from collections.abc import Iterator
+from ctypes import (
+    POINTER,
+    Structure,
+    c_int,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+    cast,
+    memmove,
+)
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from offload.copy2d import CopyRuns
 from offload.host import HostArena
+from offload.pieces import Piece
 from offload.pinning import SimulatedPinner
 from offload.slots import SlotPool
 from offload.transfer import CudaTransfer
@@ -115,16 +128,32 @@ class Cuda:
 
 
 class Target:
-    """A tensor of the device that notes from where it was filled."""
+    """A tensor of the device that notes from where it was filled, and its views how."""
 
-    def __init__(self, log: list[tuple[str, object]]) -> None:
+    def __init__(self, log: list[tuple[str, object]], nbytes: int) -> None:
         self._log = log
-        self.bytes = b""
+        self.memory = torch.zeros(nbytes, dtype=torch.uint8)
+
+    def numel(self) -> int:
+        return self.memory.numel()
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def as_strided(self, *view: object) -> "Target":
+        part = Target(self._log, 0)
+        part.memory = self.memory.as_strided(*view)  # type: ignore[arg-type]
+        return part
 
     def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
         assert non_blocking
-        self.bytes = bytes(source.tolist())
+        assert self.memory.shape[0] == 1, "torch does not copy what lies apart"
+        self.memory.copy_(source)
         self._log.append(("copy", source.data_ptr()))
+
+
+def whole(nbytes: int) -> tuple[Piece, ...]:
+    return (Piece(0, nbytes),)
 
 
 def test_the_cuda_copy_runs_on_its_own_stream_after_the_mark(
@@ -138,18 +167,20 @@ def test_the_cuda_copy_runs_on_its_own_stream_after_the_mark(
     mark = transfer.mark()
     assert cuda.log == [("record", "compute")]
     cuda.log.clear()
-    target = Target(cuda.log)
-    transfer.copy(target, source, mark)  # type: ignore[arg-type]
+    target = Target(cuda.log, 100)
+    pieces = (Piece(0, 30), Piece(40, 60))
+    transfer.copy(target, source, mark, pieces)  # type: ignore[arg-type]
     mine = transfer._stream
     assert cuda.log == [
         ("enter", mine),
         ("wait", mark),
         ("copy", source.data_ptr()),
+        ("copy", source.data_ptr() + 40),
         ("record", mine),
         ("leave", mine),
         ("synchronize", True),
     ]
-    assert target.bytes == bytes(range(100))
+    assert target.memory.tolist() == [*range(30), *[0] * 10, *range(40, 100)]
     assert not pinner.pieces  # no detour
     transfer.close()
 
@@ -163,9 +194,9 @@ def test_what_is_not_pinned_takes_a_pinned_detour(
     transfer = CudaTransfer("cuda:0", 2 * PAGE, pinner)
     for length in (100, 2 * PAGE):
         source = torch.randint(256, (length,), dtype=torch.uint8)
-        target = Target(cuda.log)
-        transfer.copy(target, source, None)  # type: ignore[arg-type]
-        assert target.bytes == bytes(source.tolist())
+        target = Target(cuda.log, length)
+        transfer.copy(target, source, None, whole(length))  # type: ignore[arg-type]
+        assert torch.equal(target.memory, source)
     bounce = transfer._bounce
     assert isinstance(bounce, HostArena)
     copies = [place for what, place in cuda.log if what == "copy"]
@@ -174,3 +205,83 @@ def test_what_is_not_pinned_takes_a_pinned_detour(
     assert not any(what == "wait" for what, _ in cuda.log)
     transfer.close()
     assert not pinner.pieces
+
+
+class FakeDriver:
+    """Reads what the driver is told as its manual has it, field by field, and does it."""
+
+    _NAMES = ("x", "y", "kind", "host", "device", "array", "pitch")
+    _KINDS = (c_size_t, c_size_t, c_int, c_void_p, c_uint64, c_void_p, c_size_t)
+
+    class Copy(Structure):
+        pass
+
+    def __init__(self) -> None:
+        sides = [(f"{side}_{name}", kind) for side in ("src", "dst") for name, kind in self.each()]
+        self.Copy._fields_ = [*sides, ("width", c_size_t), ("height", c_size_t)]
+        self.streams: list[int | None] = []
+
+    def each(self) -> Iterator[tuple[str, type]]:
+        return zip(self._NAMES, self._KINDS, strict=True)
+
+    def cuMemcpy2DAsync_v2(self, copy: object, stream: c_void_p) -> int:
+        told = cast(copy, POINTER(self.Copy)).contents
+        assert (told.src_kind, told.dst_kind) == (1, 2), "from the host to the device"
+        assert not any((told.src_x, told.src_y, told.src_array, told.src_device))
+        assert not any((told.dst_x, told.dst_y, told.dst_array, told.dst_host))
+        if told.width > told.src_pitch or told.width > told.dst_pitch:
+            return 1
+        for run in range(told.height):
+            target = told.dst_device + run * told.dst_pitch
+            memmove(target, told.src_host + run * told.src_pitch, told.width)
+        self.streams.append(stream.value)
+        return 0
+
+
+def test_runs_that_lie_apart_are_one_copy_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr("offload.copy2d.load_driver", lambda: driver)
+    asked: list[str] = []
+    stream = SimpleNamespace(query=lambda: asked.append("context"), cuda_stream=77)
+    source = torch.randint(1, 256, (1000,), dtype=torch.uint8)
+    target = torch.zeros(1000, dtype=torch.uint8)
+    piece = Piece(100, 30, 9, 100)
+    CopyRuns()(piece.of(target), piece.of(source), stream)  # type: ignore[arg-type]
+    assert (driver.streams, asked) == ([77], ["context"])
+    assert torch.equal(piece.of(target), piece.of(source))
+    assert int(target.count_nonzero()) == piece.total_nbytes
+    overlapping = target.as_strided((2, 30), (20, 1))
+    with pytest.raises(AssertionError, match="2 runs of 30 bytes failed: error 1"):
+        CopyRuns()(overlapping, piece.of(source)[:2], stream)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_cuda_copy_leaves_runs_to_the_driver(
+    monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    """From the source itself, or from the same place in the pinned buffer."""
+    cuda = Cuda(monkeypatch)
+    pieces = (Piece(10, 20), Piece(50, 10, 3, 40))
+    source = torch.randint(1, 256, (200,), dtype=torch.uint8)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    transfer = CudaTransfer("cuda:0", PAGE, SimulatedPinner())
+    target = Target(cuda.log, 200)
+
+    def by_the_driver(into: Target, out_of: torch.Tensor, stream: object) -> None:
+        assert stream is transfer._stream
+        into.memory.copy_(out_of)
+        cuda.log.append(("runs", out_of.data_ptr()))
+
+    monkeypatch.setattr(transfer, "_copy_runs", by_the_driver)
+    cuda.log.clear()
+    transfer.copy(target, source, None, pieces)  # type: ignore[arg-type]
+    start = source.data_ptr()
+    if not pinned:
+        assert transfer._bounce is not None
+        start = transfer._bounce.address(0)
+    steps = [("copy", start + 10), ("runs", start + 50), ("record", transfer._stream)]
+    assert cuda.log[1:4] == steps
+    for piece in pieces:
+        assert torch.equal(piece.of(target.memory), piece.of(source))
+    assert int(target.memory.count_nonzero()) == 50
+    transfer.close()

@@ -103,3 +103,20 @@ def test_a_blob_that_is_too_short_is_our_bug() -> None:
     layout = ExpertLayout(64, 96, QuantScheme(4, 32))
     with pytest.raises(AssertionError, match="hold no expert"):
         layout.views(torch.zeros(layout.nbytes - 1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("begin", "end"), [(0, 32), (32, 96), (64, 96), (0, 96)])
+def test_runs_are_the_bytes_of_these_rows(bits: int, begin: int, end: int) -> None:
+    layout = ExpertLayout(64, 96, QuantScheme(bits, 32))
+    blob = torch.arange(layout.nbytes).remainder(251).to(torch.uint8)
+    cut = torch.zeros(layout.restricted(begin, end).nbytes, dtype=torch.uint8)
+    layout.cut(blob, begin, end, cut)
+    runs = layout.runs(begin, end)
+    parts = [
+        blob[at : at + run.nbytes]
+        for run in runs
+        for at in range(run.offset, run.offset + run.num_runs * run.pitch, run.pitch)
+    ]
+    assert torch.equal(torch.cat(parts), cut)
+    assert list(runs) == sorted(runs)
