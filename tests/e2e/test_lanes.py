@@ -4,20 +4,23 @@ The device is simulated: main memory instead of VRAM, the same tables, lanes and
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moecli import opening_device
 from moecli.config import SIMULATED, EngineConfig, SamplingConfig
 from moecli.device import DeviceParts
 from moecli.engine import Engine
 from moecli.events import Finished, GenerationStats
 from moecli.footprint import model_footprint
 from moecli.models.config import ModelSpec
+from offload.hardware import Machine
 from offload.manager import ExpertManager
 from offload.pinning import SimulatedPinner
 from offload.plan import CONTEXT_ASSUMED, ModelFootprint
@@ -96,6 +99,14 @@ def on_device(
     return answer(
         path, sampling, prompt, device=SIMULATED, placement=placement, lane=lane, **options
     )
+
+
+def simulated_capture(step: Callable[[], None]) -> Callable[[], None]:
+    step()
+    graph = SimulatedGraph()
+    with graph.capture():
+        step()
+    return graph.replay
 
 
 @pytest.fixture(scope="session")
@@ -203,6 +214,36 @@ def test_a_prompt_s_slices_are_not_copied_again(
     assert stats.device_nbytes == copies * absent * a_row
 
 
+@pytest.mark.parametrize("captured_once", [False, True])
+def test_experts_come_to_vram_beside_a_processor_that_serves_every_miss(
+    quantized_wide: Path,
+    expected_wide: Answer,
+    captured_once: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One choice a token, and a processor three times as fast as the link."""
+    plain = opening_device.device_machine
+
+    def rated(*arguments: Any) -> Machine:
+        return replace(plain(*arguments), link_bw=1e9, host_bw=3e9, vram_bw=1e12, ram_bw=1e11)
+
+    monkeypatch.setattr("moecli.engine.device_machine", rated)
+    if captured_once:
+        monkeypatch.setattr("moecli.opening_device.eager", simulated_capture)
+    arrived: list[int] = []
+    check = DeviceParts.check_integrity
+
+    def noted(self: DeviceParts, deep: bool = False) -> None:
+        check(self, deep)
+        assert self.tiers.cache is not None
+        arrived.append(self.tiers.cache.num_arrived)
+
+    monkeypatch.setattr(DeviceParts, "check_integrity", noted)
+    found = on_device(quantized_wide, 0.5, "lru", "both")
+    assert found.tokens == expected_wide.tokens
+    assert arrived[-1] > 0
+
+
 def test_the_same_with_all_experts_in_vram(model: Path, expected: Answer) -> None:
     found = on_device(model, 2.0, "auto", "auto")
     assert found.tokens == expected.tokens
@@ -302,15 +343,7 @@ def test_a_step_captured_once_is_right_for_every_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing of a step depends on the host: recorded once, it decodes across chunk borders."""
-
-    def captured(step: Callable[[], None]) -> Callable[[], None]:
-        step()
-        graph = SimulatedGraph()
-        with graph.capture():
-            step()
-        return graph.replay
-
-    monkeypatch.setattr("moecli.opening_device.eager", captured)
+    monkeypatch.setattr("moecli.opening_device.eager", simulated_capture)
     assert on_device(model, little_for(placement), placement, lane).tokens == expected.tokens
 
 

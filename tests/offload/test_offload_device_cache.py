@@ -125,6 +125,83 @@ def test_misses_are_divided_in_the_order_asked_and_duplicates_count_once() -> No
     assert LaneCounts().hit_rate is None
 
 
+ONE_ALONE_IS_THE_HOSTS = [0, 0, 1, 2, 3, 4, 5, 6, 7]
+A_PIECE = [0, *[16] * 8]  # of three, beside each step with a miss
+
+
+def coming(cache: DeviceCache) -> tuple[int, int, int] | None:
+    """Expert, slot and pieces of what comes piece by piece."""
+    cache.check_integrity(None)
+    expert, slot, pieces, _ = cache._arrival.tolist()
+    return None if expert < 0 else (expert, slot, pieces)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    device_ops.set_backend(request.param)
+    return str(request.param)
+
+
+def test_the_host_s_expert_comes_piece_by_piece_into_the_oldest_slot(backend: str) -> None:
+    experts = Experts(2, 8)
+    cache = experts.cache(2, counts=ONE_ALONE_IS_THE_HOSTS, idle=A_PIECE)
+    cache.load([(0, 0), (0, 1)], experts.read)
+    assert step(cache, 0, [5]) == ({}, {5})
+    assert coming(cache) == (5, 0, 1)
+    assert set(cache.snapshot()) == {(0, 1)}, "the oldest has left at once"
+    step(cache, 0, [1])
+    assert coming(cache) == (5, 0, 1), "a step without a miss has no time for it"
+    step(cache, 1, [3])
+    assert coming(cache) == (5, 0, 2), "one at a time, in the time of any layer"
+    assert step(cache, 0, [5]) == ({}, {5}), "it is not there until after this step"
+    assert coming(cache) is None
+    assert (set(cache.snapshot()), cache.num_arrived) == ({(0, 1), (0, 5)}, 1)
+    cache.check_integrity(experts.read)
+    assert step(cache, 0, [5])[1] == set()
+
+
+def test_what_comes_is_given_up_where_the_link_brings_it_whole(backend: str) -> None:
+    experts = Experts(1, 8)
+    cache = experts.cache(3, counts=ONE_ALONE_IS_THE_HOSTS, idle=A_PIECE)
+    step(cache, 0, [5])
+    step(cache, 0, [6, 5])
+    assert coming(cache) == (5, 0, 2)
+    step(cache, 0, [5, 7])
+    assert coming(cache) == (7, 2, 1), "the next that is the host's"
+    slots = {
+        e: (a - cache._slots.data_ptr()) // SLOT_NBYTES for (_, e), a in cache.snapshot().items()
+    }
+    assert slots == {5: 0, 6: 1}, "its slot was free for it"
+    cache.check_integrity(experts.read)
+
+
+def test_what_comes_is_given_up_where_its_source_goes(backend: str) -> None:
+    experts = Experts(1, 8)
+    cache = experts.cache(3, counts=ONE_ALONE_IS_THE_HOSTS, idle=A_PIECE)
+    step(cache, 0, [5])
+    cache.host_addresses[0, 5] = 0
+    step(cache, 0, [6])
+    assert coming(cache) == (6, 0, 1)
+    cache.host_addresses[0, 6] = 0
+    assert step(cache, 0, [6]) == ({}, {6})
+    assert coming(cache) is None
+    assert cache.snapshot() == {}
+
+
+def test_what_comes_makes_way_where_its_slot_is_the_oldest(backend: str) -> None:
+    experts = Experts(1, 8)
+    cache = experts.cache(1, counts=ONE_ALONE_IS_THE_HOSTS, idle=A_PIECE)
+    step(cache, 0, [5])
+    assert coming(cache) == (5, 0, 1)
+    addresses, host = step(cache, 0, [6, 7])
+    assert (set(addresses), host) == ({6}, {7})
+    assert coming(cache) is None
+    assert set(cache.snapshot()) == {(0, 6)}
+    cache.check_integrity(experts.read)
+
+
 def test_what_finds_no_slot_is_read_in_place() -> None:
     experts = Experts(1, 8)
     cache = experts.cache(2)

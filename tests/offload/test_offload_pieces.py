@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload import pieces
+from offload.host import HostArena
 from offload.pieces import Piece, copy_pieces, worth_copying
+from offload.pinning import CudaPinner
 from offload.slots import SlotPool
 from tests.offload.offload_files import ModelFiles, bytes_at
 
@@ -89,3 +91,24 @@ def test_the_manager_counts_what_is_copied(files: ModelFiles) -> None:
     assert manager.stats.device_nbytes == 3 * 1000
     manager.check_integrity(deep=True)
     manager.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_card_copies_runs_that_lie_apart(pinned: bool) -> None:
+    nbytes = 1 << 20
+    wanted = (Piece(5, 1000), Piece(4096, 300, 200, 4096))
+    arena = HostArena(nbytes, nbytes)
+    if pinned:
+        arena.pin(CudaPinner("cuda"))
+    pool = SlotPool(2, nbytes, "cuda", pieces=wanted)
+    pool._block.zero_()
+    with arena.buffer(0) as buffer:
+        source = torch.frombuffer(buffer, dtype=torch.uint8)
+        source.copy_(torch.randint(1, 256, (nbytes,), dtype=torch.uint8))
+        assert pool.copy_in(1, buffer) == 1000 + 60_000
+        assert pool.holds(1, buffer)
+        del source
+    assert int(pool._block.count_nonzero()) == 61_000
+    pool.close()
+    arena.close()
