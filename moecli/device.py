@@ -62,6 +62,7 @@ class DeviceParts:
     ) -> None:
         """Owns `tiers` and `weights`; `usage` counts which experts are asked for."""
         self.tiers, self._weights, self._settings, self._spec = tiers, weights, settings, spec
+        self._usage = usage
         math = ExpertMath(tiers.layout, spec.weight_on_input)
         self.lane = self._open_lane(math) if tiers.needs_host else None
         host = None
@@ -185,9 +186,15 @@ class DeviceParts:
         index, expert = key
         return self.tiers.file_bytes((self._spec.moe_layers[index], expert))
 
+    def _count_usage(self) -> None:
+        cache, layers = self.tiers.cache, self._spec.moe_layers
+        if cache is not None:
+            self._usage.add_counts(dict(zip(layers, cache.requests(), strict=True)))
+
     def close(self) -> None:
         if self.lane is not None:
             self.lane.close()
+        self._count_usage()
         self.tiers.close()
         self._weights.close()
 

@@ -115,6 +115,7 @@ class DeviceCache:
         self._stamp = table(slots)  # [S] when it was last asked for; 0: free
         self._clock = table(1, fill=1)  # above every stamp
         self._counters = table(layers, 4)  # [L, 4] in the order of LaneCounts
+        self._requests = table(layers, experts)  # [L, E]
         self._fetch_src = table(self.max_choices + 1)
         self._fetch_dst = table(self.max_choices + 1)
         self._fetch_count = table(2, dtype=torch.int32)
@@ -145,6 +146,7 @@ class DeviceCache:
             self._stamp,
             self._clock,
             self._counters,
+            self._requests,
             self.host_addresses,
             self.link_counts,
             self._link_idle,
@@ -209,6 +211,11 @@ class DeviceCache:
     def counters(self) -> list[LaneCounts]:
         """One for each layer, since the cache was made. Waits for the device."""
         return [LaneCounts(*counts) for counts in self._counters.tolist()]
+
+    def requests(self) -> list[list[int]]:
+        """How often each expert of each layer was asked for, in steps. Waits for the device."""
+        requests: list[list[int]] = self._requests.tolist()
+        return requests
 
     @property
     def num_arrived(self) -> int:

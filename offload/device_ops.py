@@ -44,6 +44,7 @@ def _resolve(
     stamp: Tensor,  # int64 [S]
     clock: Tensor,  # int64 [1]
     counters: Tensor,  # int64 [L, 4]
+    requests: Tensor,  # int64 [L, E]
     host_addresses: Tensor,  # int64 [L, E]
     link_counts: Tensor,  # int32 [> N]
     link_idle: Tensor,  # int32 [> N]
@@ -111,6 +112,7 @@ def _resolve(
     num_zero_copy, num_host = len(linked) - len(fetched), len(misses) - len(linked)
     lanes = (len(hits), len(fetched), num_zero_copy, num_host)
     counters[layer_index] += torch.tensor(lanes, device=counters.device)
+    requests[layer_index, asked] += 1
 
 
 def _take_oldest(now: int, slot_of: Tensor, owner: Tensor, stamp: Tensor, arrival: Tensor) -> int:
@@ -174,10 +176,11 @@ def _shape(*arguments: Any) -> None:
 
 _OPS = {
     "resolve(Tensor topk_ids, int layer_index, Tensor(a!) slot_of, Tensor(b!) owner, "
-    "Tensor(c!) stamp, Tensor(d!) clock, Tensor(e!) counters, Tensor host_addresses, "
-    "Tensor link_counts, Tensor link_idle, Tensor slots, int slot_nbytes, int num_pieces, "
-    "bool admit, Tensor(f!) step_addresses, Tensor(g!) host_mask, Tensor(h!) fetch_src, "
-    "Tensor(i!) fetch_dst, Tensor(j!) fetch_count, Tensor(k!) arrival) -> ()": partial(
+    "Tensor(c!) stamp, Tensor(d!) clock, Tensor(e!) counters, Tensor(f!) requests, "
+    "Tensor host_addresses, Tensor link_counts, Tensor link_idle, Tensor slots, "
+    "int slot_nbytes, int num_pieces, bool admit, Tensor(g!) step_addresses, "
+    "Tensor(h!) host_mask, Tensor(i!) fetch_src, Tensor(j!) fetch_dst, "
+    "Tensor(k!) fetch_count, Tensor(l!) arrival) -> ()": partial(
         _compute, _resolve_kernel, _resolve
     ),
     "fetch(Tensor src, Tensor dst, Tensor count, int nbytes, Tensor(a!) slots) -> ()": partial(

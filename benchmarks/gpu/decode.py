@@ -252,13 +252,15 @@ def _host(steps: list[Spent], launches: list[Spent]) -> dict[str, float]:
 
 
 def _served(run: Run) -> dict[str, int]:
-    """How often each lane served an expert so far; nothing is counted of slices."""
+    """How often each lane served an expert so far, and how many came to slots besides; nothing is
+    counted of slices."""
     cache = run.parts.tiers.cache
     if cache is None:
         return {}
     counts = cache.counters()
     lanes = ("hits", "fetched", "linked", "host")
-    return {lane: sum(getattr(layer, lane) for layer in counts) for lane in lanes}
+    served = {lane: sum(getattr(layer, lane) for layer in counts) for lane in lanes}
+    return served | {"arrived": cache.num_arrived}
 
 
 def step_bytes(run: Run, served: dict[str, int], position: int) -> StepBytes:
@@ -271,7 +273,7 @@ def step_bytes(run: Run, served: dict[str, int], position: int) -> StepBytes:
         sliced, linked = plan.slice_size / rows, plan.link_size / rows
         host = 1 - sliced - linked
         return StepBytes(dense + active * sliced, 0, active * linked, active * host)
-    total = sum(served.values())
+    total = sum(served.values()) - served["arrived"]
     assert total, "no expert was served"
     part = {lane: active * count / total for lane, count in served.items()}
     return StepBytes(dense + part["hits"], part["fetched"], part["linked"], part["host"])

@@ -136,6 +136,7 @@ def resolve_kernel(
     stamp,  # int64 [S]
     clock,  # int64 [1]
     counters,  # int64 [L, 4]
+    requests,  # int64 [L, E]
     host_addresses,  # int64 [L, E]
     link_counts,  # int32 [> N]
     link_idle,  # int32 [> N]
@@ -174,6 +175,7 @@ def resolve_kernel(
     linked = (reachable != 0) & (rank < limit)
     lanes = counters + layer_index * 4 + tl.arange(0, 4)
     counted = tl.load(lanes)
+    asked_before = tl.load(requests + key, mask=first, other=0)
     _clear(step_addresses, host_mask, num_experts, EXPERTS)
     fetched = linked & (choice < 0)  # none
     if ADMIT:
@@ -227,6 +229,7 @@ def resolve_kernel(
     tl.store(step_addresses + expert, address, mask=hit | linked)
     tl.store(host_mask + expert, tl.full([CHOICES], 1, tl.int32), mask=miss & ~linked)
     tl.store(lanes, counted + _count(first, hit, fetched, linked))
+    tl.store(requests + key, asked_before + 1, mask=first)
 
 
 def resolve(
@@ -237,6 +240,7 @@ def resolve(
     stamp: Tensor,
     clock: Tensor,
     counters: Tensor,
+    requests: Tensor,
     host_addresses: Tensor,
     link_counts: Tensor,
     link_idle: Tensor,
@@ -262,6 +266,7 @@ def resolve(
         stamp,
         clock,
         counters,
+        requests,
         host_addresses,
         link_counts,
         link_idle,

@@ -51,6 +51,23 @@ def test_a_run_on_the_processor_is_counted_request_by_request(
 
 
 @pytest.mark.parametrize("placement", ["pinned", "lru"])
+def test_a_run_on_a_device_is_counted_like_one_on_the_processor(
+    quantized_wide: Path, tmp_path: Path, placement: str
+) -> None:
+    device = {"device": SIMULATED, "placement": placement, "lane": "link"}
+    device |= {"ram_nbytes": EVERYTHING, "vram_nbytes": vram_for(quantized_wide, 0.5)}
+    run(quantized_wide, tmp_path / "processor.json")
+    run(quantized_wide, tmp_path / "device.json", **device)
+    there = counts(quantized_wide, tmp_path / "processor.json").counts
+    here = counts(quantized_wide, tmp_path / "device.json").counts
+    # A token that ends an answer costs the device one step more, and capturing tries a step.
+    for layer, row in there.items():
+        more = [b - a for a, b in zip(row, here[layer], strict=True)]
+        assert all(count >= 0 for count in more)
+        assert sum(more) <= 2
+
+
+@pytest.mark.parametrize("placement", ["pinned", "lru"])
 def test_vram_begins_with_favourites_and_the_answer_is_the_same(
     quantized_wide: Path, tmp_path: Path, placement: str
 ) -> None:

@@ -63,6 +63,7 @@ class DeviceCacheMachine(RuleBasedStateMachine):
         counts = [min(share, misses) for misses, share in enumerate(shares)]
         self.cache = self.experts.cache(num_slots, placement, counts, idle=idle)
         self.twin = HostTwin(self.cache, idle)
+        self.asked = [[0] * 6 for _ in range(2)]
         for key in unreachable:
             self.cache.host_addresses[key] = 0
         warm = warm[: min(num_slots, len(warm))]
@@ -73,6 +74,8 @@ class DeviceCacheMachine(RuleBasedStateMachine):
     def step(self, layer: int, ids: list[int]) -> None:
         got = step(self.cache, layer, ids)
         assert got == self.twin.step(layer, ids)
+        for expert in set(ids):
+            self.asked[layer][expert] += 1
         for expert, address in got[0].items():
             assert bytes_read(self.cache, address) == self.experts.read((layer, expert))
 
@@ -88,6 +91,7 @@ class DeviceCacheMachine(RuleBasedStateMachine):
         assert self.cache.snapshot() == self.twin.residents()
         assert self.cache.num_arrived == self.twin.num_arrived
         assert self.cache.counters() == list(self.twin.counts.values())
+        assert self.cache.requests() == self.asked
 
 
 @pytest.mark.parametrize(

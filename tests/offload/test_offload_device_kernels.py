@@ -28,7 +28,7 @@ def state(cache: DeviceCache) -> dict[str, list[Any]]:
     """All that a step leaves behind, slots told by their number and not their address."""
     count = int(cache._fetch_count[0]) + bool(cache._fetch_count[1])
     base = cache._slots.data_ptr()
-    tables = ("_slot_of", "_owner", "_stamp", "_clock", "_counters", "host_mask")
+    tables = ("_slot_of", "_owner", "_stamp", "_clock", "_counters", "_requests", "host_mask")
     tables += ("_arrival", "_fetch_count")
     found = {name: getattr(cache, name).tolist() for name in tables}
     found["fetch_src"] = cache._fetch_src[:count].tolist()

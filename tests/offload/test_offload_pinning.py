@@ -98,7 +98,7 @@ class Driver:
 
 def cuda_pinner(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[CudaPinner, Driver]:
     driver = Driver(codes)
-    monkeypatch.setattr(offload.pinning, "_load_driver", lambda: driver)
+    monkeypatch.setattr(offload.pinning, "load_driver", lambda: driver)
     monkeypatch.setattr(CudaPinner, "_make_current", lambda self: None)
     return CudaPinner("cuda"), driver
 
