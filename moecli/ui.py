@@ -6,9 +6,9 @@ Model text does not pass through here.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from moecli.events import GenerationStats
 from moecli.terminal import bold, dim, has_colors, is_terminal, say, styled
@@ -269,11 +269,18 @@ class _PullBars:
 # Conversion
 
 
+class ConversionShown(Protocol):
+    """Where a conversion is told of; `arrived` comes from another thread."""
+
+    def update(self, now: "ConversionProgress") -> None: ...
+    def arrived(self, nbytes: int) -> None: ...
+
+
 @contextmanager
-def conversion_progress() -> Iterator[Callable[["ConversionProgress"], None]]:
+def conversion_progress() -> Iterator[ConversionShown]:
     """A bar with time left and running error; lines where stderr is no terminal."""
     if not is_terminal(sys.stderr):
-        yield _PlainProgress()
+        yield _ConversionLines()
         return
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -281,38 +288,55 @@ def conversion_progress() -> Iterator[Callable[["ConversionProgress"], None]]:
         TextColumn("quantizing"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%  {task.fields[sizes]}  {task.fields[left]}"),
-        TextColumn("{task.fields[error]}", markup=False),
+        TextColumn("{task.fields[error]}{task.fields[came]}", markup=False),
     )
     with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
-        task: TaskID = bar.add_task("", total=None, sizes="", left="", error="")
-
-        def update(now: "ConversionProgress") -> None:
-            bar.update(
-                task,
-                total=now.total_nbytes,
-                completed=now.done_nbytes,
-                sizes=f"{format_nbytes(now.done_nbytes)} of {format_nbytes(now.total_nbytes)}",
-                left=_left(now),
-                error=f"error {now.error:.2%}",
-            )
-
-        yield update
+        yield _ConversionBar(bar)
 
 
-class _PlainProgress:
+class _ConversionBar:
+    def __init__(self, bar: "Progress") -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None, sizes="", left="", error="", came="")
+
+    def update(self, now: "ConversionProgress") -> None:
+        self._bar.update(
+            self._task,
+            total=now.total_nbytes,
+            completed=now.done_nbytes,
+            sizes=f"{format_nbytes(now.done_nbytes)} of {format_nbytes(now.total_nbytes)}",
+            left=_left(now),
+            error=f"error {now.error:.2%}",
+        )
+
+    def arrived(self, nbytes: int) -> None:
+        self._bar.update(self._task, came=f"  {format_nbytes(nbytes)} downloaded")
+
+
+class _ConversionLines:
     """A line now and then, for logs."""
 
     def __init__(self) -> None:
         self._percent = 0
         self._time = time.monotonic()
 
-    def __call__(self, now: "ConversionProgress") -> None:
+    def update(self, now: "ConversionProgress") -> None:
         percent = 100 * now.done_nbytes // max(now.total_nbytes, 1)
         step = percent // _PLAIN_PERCENT - self._percent // _PLAIN_PERCENT
-        waited = time.monotonic() - self._time
-        if step > 0 or (percent > self._percent and waited >= _PLAIN_SECONDS):
-            say(f"quantizing: {percent}%, error {now.error:.2%}, {_left(now)}".rstrip(", "))
-            self._percent, self._time = percent, time.monotonic()
+        if step > 0 or (percent > self._percent and self._waited()):
+            self._percent = percent
+            self._say(f"quantizing: {percent}%, error {now.error:.2%}, {_left(now)}".rstrip(", "))
+
+    def arrived(self, nbytes: int) -> None:
+        if self._waited():
+            self._say(f"downloading: {format_nbytes(nbytes)} so far")
+
+    def _waited(self) -> bool:
+        return time.monotonic() - self._time >= _PLAIN_SECONDS
+
+    def _say(self, line: str) -> None:
+        say(line)
+        self._time = time.monotonic()
 
 
 def _left(now: "ConversionProgress") -> str:

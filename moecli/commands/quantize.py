@@ -1,24 +1,30 @@
 """Knows what `moecli quantize` takes and says; moecli.conversion does it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecli import options, store, ui
 from moecli.errors import MoecliError
+from moecli.hub.client import Caller, is_hub_id
 from moecli.settings import parse_int
 from moecli.terminal import say
 from quant.scheme import QuantScheme
 
-HELP = """Quantize the experts of a local checkpoint to INT4 or INT8.
+if TYPE_CHECKING:
+    from quant.convert import ConversionResult
 
-MODEL is a directory in Hugging Face's form, or `demo` for the embedded one. Peak memory stays
-small; Ctrl-C keeps what is finished, and the same command goes on from there."""
+HELP = """Quantize the experts of a checkpoint to INT4 or INT8.
+
+MODEL is a repository of the hub (`org/name`), a directory in Hugging Face's form, or `demo` for the
+embedded one. A repository that was not pulled is quantized while it downloads: the disk needs room
+for the result and one of its files. Peak memory stays small; Ctrl-C keeps what is finished, and the
+same command goes on from there."""
 EXAMPLES = """
-moecli quantize demo
+moecli quantize Qwen/Qwen3-30B-A3B
 moecli quantize ~/models/Llama-4-Scout-17B-16E-Instruct -q int4 -o scout-int4
 moecli quantize ./Qwen3-30B-A3B -q int8 --group-size 64 --dense none
 """
@@ -52,36 +58,77 @@ def quantize(
             "-o", "--output", metavar="DIR", help="Where to write; else a name of the store."
         ),
     ] = None,
+    revision: options.Revision = None,
     as_json: options.Json = False,
 ) -> None:
     name = options.require_model(ctx, model, model_flag)
     groups = None if group_size is None else parse_int(group_size, "`--group-size`")
     scheme = QuantScheme.parse(scheme_name, groups)
     dense_scheme = None if dense_name.lower() == "none" else QuantScheme.parse(dense_name)
-    source = store.resolve_source(name)
-    out = (
-        store.default_output(store.model_name(source), scheme)
-        if output is None
-        else output.expanduser()
-    )
+    source = _Source.find(name, revision)
+    out = store.default_output(source.name, scheme) if output is None else output.expanduser()
     if out.exists():
         raise MoecliError(
             f"`{out}` exists already",
             f"`moecli chat {_called(out)}` uses it; `-o DIR` writes another",
         )
-    from moecli.conversion import quantize_model
-
     if output is None:
         out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with ui.conversion_progress() as progress:
-            result = quantize_model(source, out, scheme, dense_scheme, progress)
+            result = source.quantize(out, scheme, dense_scheme, progress)
     except KeyboardInterrupt:
         say("stopped; finished work is kept, and the same command goes on from there")
         raise typer.Exit(130) from None
     ui.show_conversion(result, _called(out))
     if as_json:
         print(json.dumps(asdict(result), default=str, indent=2))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is to be quantized: a directory, or a repository of the hub that is not here whole."""
+
+    path: Path | None
+    repo_id: str = ""
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.repo_id.partition("/")[2] if self.path is None else store.model_name(self.path)
+
+    @classmethod
+    def find(cls, name: str, revision: str | None) -> "_Source":
+        if is_hub_id(name) and not Path(name).exists():
+            from moecli.hub.pulling import cached_model
+
+            return cls(cached_model(name, revision), name, revision)
+        if revision is not None:
+            raise MoecliError(
+                f"`{name}` is a directory and has no revisions",
+                "leave out `--revision`",
+                exit_code=2,
+            )
+        return cls(store.resolve_source(name))
+
+    def quantize(
+        self,
+        out: Path,
+        scheme: QuantScheme,
+        dense_scheme: QuantScheme | None,
+        progress: "ui.ConversionShown",
+    ) -> "ConversionResult":
+        if self.path is not None:
+            from moecli.conversion import quantize_model
+
+            return quantize_model(self.path, out, scheme, dense_scheme, progress.update)
+        from moecli.conversion import quantize_from_hub
+
+        caller = Caller(ui.show_note)
+        return quantize_from_hub(
+            *(self.repo_id, self.revision, out, scheme, dense_scheme, caller),
+            *(progress.update, progress.arrived),
+        )
 
 
 def _called(out: Path) -> str:

@@ -39,6 +39,7 @@ class Fault:
     after: int | None = None
     action: str = "reset"
     method: str | None = "GET"
+    range: str | None = None  # only of requests for exactly this range
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,11 @@ class StandInHub:
             self._descriptions[key] = repo.description(name)
         return self._descriptions[key]
 
-    def take_fault(self, method: str, path: str) -> Fault | None:
+    def take_fault(self, asked: Asked) -> Fault | None:
         with self._lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.match in path and fault.method in (None, method):
+                fits = fault.match in asked.path and fault.method in (None, asked.method)
+                if fault.times > 0 and fits and fault.range in (None, asked.range):
                     fault.times -= 1
                     return fault
         return None
@@ -174,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         asked = Asked(self.name, self.command, self.path, self.headers.get("Range"), token)
         self.hub.asked.append(asked)
-        self.fault = self.hub.take_fault(self.command, self.path)
+        self.fault = self.hub.take_fault(asked)
         try:
             if self.fault is not None and self.fault.status is not None:
                 raise _Refused(self.fault.status, None, "injected")
