@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -248,24 +249,33 @@ class _Conversion:
         """Write what is missing, in the order of the source; let go of its files one by one."""
         order = reading_order(self.job.source, self.plan)
         missing = [placed for placed in order if (placed.shard, placed.number) not in self.errors]
-        left = Counter(self._file_of(placed) for placed in missing)
-        left_nbytes = self._left_nbytes()
+        left = Counter(name for name in map(self._file_of, missing) if name is not None)
         supply = self.job.supply
         try:
-            supply.begin([name for name in left if name is not None], left_nbytes)
+            supply.begin(self._later_nbytes(missing))
             for placed in missing:
                 name = self._file_of(placed)
-                if name is not None:
-                    supply.take(name)
+                if name is None:
+                    self._write(placed, journal)
+                    continue
+                supply.take(name)
                 self._write(placed, journal)
-                left_nbytes -= placed.unit.nbytes
-                supply.written(left_nbytes)
                 left[name] -= 1
-                if name is not None and not left[name]:
+                if not left[name]:
                     self._sync(journal)
                     supply.release(name)
         finally:
             supply.close()
+
+    def _later_nbytes(self, missing: Sequence[PlacedUnit]) -> dict[str, int]:
+        """By file of the source, in order: bytes of the result that come of files after it."""
+        nbytes: dict[str, int] = defaultdict(int)
+        for placed in missing:
+            name = self._file_of(placed)
+            if name is not None:
+                nbytes[name] += placed.unit.nbytes
+        total, ends = sum(nbytes.values()), accumulate(nbytes.values())
+        return {name: total - end for name, end in zip(nbytes, ends, strict=True)}
 
     def _write(self, placed: PlacedUnit, journal: Journal) -> None:
         path = self._path(placed)

@@ -1,6 +1,6 @@
 """Knows what a conversion asks of whoever brings it the files of its source; brings none itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -10,14 +10,13 @@ class Supply(Protocol):
     def room_nbytes(self) -> int:
         """What files of the source will take of the disk at most, beyond what they take now."""
 
-    def begin(self, names: Sequence[str], left_nbytes: int) -> None:
-        """These files are needed, in this order; so many bytes of the result are not written."""
+    def begin(self, later_nbytes: Mapping[str, int]) -> None:
+        """These files are needed, in this order. Of each: the bytes of the result that will come
+        of the files after it, which is room that may be used until then.
+        """
 
     def take(self, name: str) -> None:
         """Return when the file is there."""
-
-    def written(self, left_nbytes: int) -> None:
-        """So many bytes of the result are still not written."""
 
     def release(self, name: str) -> None:
         """What came of the file is on disk; it is not needed again."""
@@ -32,14 +31,11 @@ class AllThere:
     def room_nbytes(self) -> int:
         return 0
 
-    def begin(self, names: Sequence[str], left_nbytes: int) -> None:
+    def begin(self, later_nbytes: Mapping[str, int]) -> None:
         """Nothing need be brought."""
 
     def take(self, name: str) -> None:
         """It is there."""
-
-    def written(self, left_nbytes: int) -> None:
-        """The room does not matter."""
 
     def release(self, name: str) -> None:
         """It stays."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from moecli.errors import MoecliError
 from moecli.hub.cache import CachedRepository
 from moecli.hub.client import Caller, RemoteFile, Repository, describe, read_bytes
-from moecli.hub.fetch import PARTIAL_SUFFIX, fetch, partial_path
+from moecli.hub.fetch import fetch, partial_path
 from moecli.hub.pulling import small_snapshot, weights_of
 from quant.checkpoint import Checkpoint, sampled_ranges
 from quant.safetensors_file import (
@@ -114,7 +114,7 @@ class HubSupply:
         self._here: dict[str, int] = {}  # bytes of each file on this disk
         self._whole: set[str] = set()
         self._new_nbytes = 0
-        self._left_nbytes = 0
+        self._later_nbytes: Mapping[str, int] = {}
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -122,13 +122,13 @@ class HubSupply:
         there = sum(file.lstat().st_size for file in self._directory.glob("*.safetensors*"))
         return max(0, self._largest - there)
 
-    def begin(self, names: Sequence[str], left_nbytes: int) -> None:
+    def begin(self, later_nbytes: Mapping[str, int]) -> None:
         try:
-            self._prepare(names)
+            self._prepare(list(later_nbytes))
         except OSError as error:
             raise _unwritable(self._directory, error) from error
-        self._left_nbytes = left_nbytes
-        files = [self._repository.files[name] for name in names]
+        self._later_nbytes = later_nbytes
+        files = [self._repository.files[name] for name in later_nbytes]
         self._thread = threading.Thread(target=self._bring_all, args=(files,), daemon=True)
         self._thread.start()
 
@@ -138,11 +138,6 @@ class HubSupply:
             if name not in self._whole:
                 assert self._failure is not None, "a file is there, or it cannot be had"
                 raise self._failure
-
-    def written(self, left_nbytes: int) -> None:
-        with self._changed:
-            self._left_nbytes = left_nbytes
-            self._changed.notify_all()
 
     def release(self, name: str) -> None:
         try:
@@ -161,17 +156,25 @@ class HubSupply:
             self._thread.join()
 
     def _prepare(self, names: Sequence[str]) -> None:
-        """Note the commit, and drop what an earlier run had no time to let go of."""
+        """Note the commit; keep what the first files need, drop what else an earlier run has left.
+
+        Behind a file that is not whole nothing is kept: it might take the room that this one needs.
+        """
         self._directory.mkdir(exist_ok=True)
         pin = {"repo_id": self._repository.repo_id, "commit": self._repository.commit}
         (self._directory / _PIN_FILE).write_text(json.dumps(pin))
-        wanted = [self._directory / name for name in names]
-        keep = {self._directory / _PIN_FILE, *wanted, *map(partial_path, wanted)}
+        keep = {self._directory / _PIN_FILE}
+        for name in names:
+            target = self._directory / name
+            found = target if target.exists() else partial_path(target)
+            if found.exists():
+                keep.add(found)
+                self._here[name] = found.lstat().st_size
+            if found != target:
+                break
         for path in self._directory.iterdir():
             if path not in keep:
                 path.unlink()
-            elif path.name != _PIN_FILE:
-                self._here[path.name.removesuffix(PARTIAL_SUFFIX)] = path.lstat().st_size
 
     def _bring_all(self, files: Sequence[RemoteFile]) -> None:
         try:
@@ -198,13 +201,14 @@ class HubSupply:
         with self._changed:
             self._new_nbytes += max(0, nbytes - self._here.get(file.name, 0))
             self._here[file.name] = nbytes
-            self._changed.wait_for(self._may_go_on)
+            self._changed.wait_for(lambda: self._may_go_on(file))
         self._caller.check()
         self._arrived(self._new_nbytes)
 
-    def _may_go_on(self) -> bool:
-        room = self._largest + self._left_nbytes
-        return sum(self._here.values()) < room or self._caller.stop.is_set()
+    def _may_go_on(self, file: RemoteFile) -> bool:
+        """Whether there is room for the files here and for all of the result that comes of them."""
+        room = self._largest + self._later_nbytes[file.name]
+        return sum(self._here.values()) <= room or self._caller.stop.is_set()
 
 
 def _unwritable(directory: Path, error: OSError) -> MoecliError:
