@@ -42,6 +42,13 @@ def quantize_model(
     MoecliError and QuantError for anything wrong with the source, and QuantError when `out` exists
     or cannot be written; what was finished then stays for a next try.
     """
+    return convert(local_job(source, out, scheme, dense_scheme), progress)
+
+
+def local_job(
+    source: Path, out: Path, scheme: QuantScheme, dense_scheme: QuantScheme | None
+) -> ConversionJob:
+    """What quantize_model does."""
     checkpoint = open_source(source)
     scheme_there = source_scheme(checkpoint.config)
     if scheme_there is not None and not scheme_there.startswith(BITSANDBYTES):
@@ -49,7 +56,7 @@ def quantize_model(
             f"`{source}` is quantized already ({scheme_there})",
             "start from the 16-bit checkpoint, or from one quantized with bitsandbytes",
         )
-    return convert(_job(checkpoint, out, scheme, dense_scheme, AllThere()), progress)
+    return _job(checkpoint, out, scheme, dense_scheme, AllThere())
 
 
 def quantize_from_hub(
@@ -68,6 +75,20 @@ def quantize_from_hub(
     have come. What was interrupted goes on with the commit it began with, unless a revision is
     given. Raises MoecliError too where the hub does not give what is needed.
     """
+    job = hub_job(repo_id, revision, out, scheme, dense_scheme, caller, arrived)
+    return convert(job, progress)
+
+
+def hub_job(
+    repo_id: str,
+    revision: str | None,
+    out: Path,
+    scheme: QuantScheme,
+    dense_scheme: QuantScheme | None,
+    caller: Caller,
+    arrived: Callable[[int], None] = lambda nbytes: None,
+) -> ConversionJob:
+    """What quantize_from_hub does; headers and small files have come."""
     from moecli.hub.pulling import weights_of
     from moecli.hub.streaming import HubSupply, open_remote, pinned
 
@@ -82,7 +103,7 @@ def quantize_from_hub(
         )
     names = weights_of(repository, checkpoint.path)
     supply = HubSupply(repository, names, directory, caller, arrived)
-    return convert(_job(checkpoint, out, scheme, dense_scheme, supply), progress)
+    return _job(checkpoint, out, scheme, dense_scheme, supply)
 
 
 def _job(

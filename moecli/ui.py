@@ -5,14 +5,14 @@ Model text does not pass through here.
 """
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from moecli.events import GenerationStats
+from moecli.progress import ConversionLines, PullLines, time_left
 from moecli.terminal import bold, dim, has_colors, is_terminal, say, styled
-from moecli.units import format_bandwidth, format_nbytes, format_seconds, format_wait
+from moecli.units import format_bandwidth, format_nbytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from quant.convert import ConversionProgress, ConversionResult
 
 _RED, _YELLOW, _GREEN = "31;1", "33", "32"
-_PLAIN_PERCENT = 10  # between two lines where no bar can be drawn
-_PLAIN_SECONDS = 15.0
 
 
 def show_error(message: str, hint: str | None) -> None:
@@ -215,8 +213,6 @@ def show_chat_header(version: str, lines: Sequence[str]) -> None:
 @contextmanager
 def pull_progress(quiet: bool) -> Iterator["PullProgress"]:
     """A bar a file and one for all; lines where stderr is no terminal; nothing with `quiet`."""
-    from moecli.hub.progress import PullLines
-
     if quiet or not is_terminal(sys.stderr):
         yield PullLines(_silent if quiet else say)
         return
@@ -280,7 +276,7 @@ class ConversionShown(Protocol):
 def conversion_progress() -> Iterator[ConversionShown]:
     """A bar with time left and running error; lines where stderr is no terminal."""
     if not is_terminal(sys.stderr):
-        yield _ConversionLines()
+        yield ConversionLines(say)
         return
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -305,42 +301,12 @@ class _ConversionBar:
             total=now.total_nbytes,
             completed=now.done_nbytes,
             sizes=f"{format_nbytes(now.done_nbytes)} of {format_nbytes(now.total_nbytes)}",
-            left=_left(now),
+            left=time_left(now),
             error=f"error {now.error:.2%}",
         )
 
     def arrived(self, nbytes: int) -> None:
         self._bar.update(self._task, came=f"  {format_nbytes(nbytes)} downloaded")
-
-
-class _ConversionLines:
-    """A line now and then, for logs."""
-
-    def __init__(self) -> None:
-        self._percent = 0
-        self._time = time.monotonic()
-
-    def update(self, now: "ConversionProgress") -> None:
-        percent = 100 * now.done_nbytes // max(now.total_nbytes, 1)
-        step = percent // _PLAIN_PERCENT - self._percent // _PLAIN_PERCENT
-        if step > 0 or (percent > self._percent and self._waited()):
-            self._percent = percent
-            self._say(f"quantizing: {percent}%, error {now.error:.2%}, {_left(now)}".rstrip(", "))
-
-    def arrived(self, nbytes: int) -> None:
-        if self._waited():
-            self._say(f"downloading: {format_nbytes(nbytes)} so far")
-
-    def _waited(self) -> bool:
-        return time.monotonic() - self._time >= _PLAIN_SECONDS
-
-    def _say(self, line: str) -> None:
-        say(line)
-        self._time = time.monotonic()
-
-
-def _left(now: "ConversionProgress") -> str:
-    return "" if now.eta_s is None else f"{format_wait(now.eta_s)} left"
 
 
 def show_conversion(result: "ConversionResult", model: str) -> None:

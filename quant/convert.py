@@ -95,6 +95,11 @@ class ConversionResult:
 ProgressCallback = Callable[[ConversionProgress], None]
 
 
+def plan_of(job: ConversionJob) -> OutputPlan:
+    """What will be written; raises QuantError where tensors of the source do not fit."""
+    return plan_output(job.source, job.scheme, job.experts, job.dense, job.shard_nbytes)
+
+
 def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
@@ -108,7 +113,7 @@ def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> Con
     started = time.monotonic()
     if job.out.exists():
         raise QuantError(f"`{job.out}` exists already", "choose another output, or remove it first")
-    plan = plan_output(job.source, job.scheme, job.experts, job.dense, job.shard_nbytes)
+    plan = plan_of(job)
     for name in job.extra_files:
         if not (job.source.path / name).is_file():
             raise QuantError(f"`{job.source.path}` has no `{name}` to copy")
@@ -151,7 +156,7 @@ class _Conversion:
 
     def __post_init__(self) -> None:
         self.reader = SliceReader(self.job.source)
-        self.total_nbytes = sum(unit.source_nbytes for unit in self.plan.units)
+        self.total_nbytes = self.plan.source_nbytes
         self.key = _job_key(self.job)
 
     def run(self) -> None:
@@ -183,15 +188,12 @@ class _Conversion:
             (partial / _JOURNAL_FILE).unlink(missing_ok=True)
 
     def result(self) -> ConversionResult:
-        layout, units = self.plan.layout, self.plan.units
-        nbytes = sum(t.nbytes for u in units for t in u.tensors if u.source is not None)
-        num_weights = sum(unit.num_weights for unit in units)
         return ConversionResult(
             out=self.job.out,
             out_nbytes=sum(file.stat().st_size for file in self.job.out.iterdir()),
             source_nbytes=self.total_nbytes,
-            bpw_experts=layout.nbytes * 8 / layout.num_weights,
-            bpw=nbytes * 8 / num_weights,
+            bpw_experts=self.plan.bpw_experts,
+            bpw=self.plan.bpw,
             error_experts=self.sums["experts"].relative_rms,
             error_dense=self.sums["dense"].relative_rms,
             units_done=self.units_done,

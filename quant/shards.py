@@ -104,6 +104,22 @@ class OutputPlan:
     def units(self) -> list[Unit]:
         return [unit for shard in self.shards for unit in shard.units]
 
+    @property
+    def bpw_experts(self) -> float:
+        """Stored bits a weight, scales included."""
+        return self.layout.nbytes * 8 / self.layout.num_weights
+
+    @property
+    def bpw(self) -> float:
+        """The same of all weights, those kept in 16 bits included."""
+        units = self.units
+        nbytes = sum(t.nbytes for u in units for t in u.tensors if u.source is not None)
+        return nbytes * 8 / sum(unit.num_weights for unit in units)
+
+    @property
+    def source_nbytes(self) -> int:
+        return sum(unit.source_nbytes for unit in self.units)
+
     @cached_property
     def placed(self) -> list[PlacedUnit]:
         """All units in the order of their bytes."""

@@ -1,5 +1,6 @@
 """Knows what a conversion asks of whoever brings it the files of its source; brings none itself."""
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -9,6 +10,12 @@ class Supply(Protocol):
 
     def room_nbytes(self) -> int:
         """What files of the source will take of the disk at most, beyond what they take now."""
+
+    def download_nbytes(self) -> int:
+        """What must still be brought of all files."""
+
+    def measure_rate(self) -> float:
+        """Bytes a second at which files come, by a short try."""
 
     def begin(self, later_nbytes: Mapping[str, int]) -> None:
         """These files are needed, in this order. Of each: the bytes of the result that will come
@@ -30,6 +37,12 @@ class AllThere:
 
     def room_nbytes(self) -> int:
         return 0
+
+    def download_nbytes(self) -> int:
+        return 0
+
+    def measure_rate(self) -> float:
+        return math.inf
 
     def begin(self, later_nbytes: Mapping[str, int]) -> None:
         """Nothing need be brought."""

@@ -12,10 +12,11 @@ from moecli.errors import MoecliError
 from moecli.hub.client import Caller, is_hub_id
 from moecli.settings import parse_int
 from moecli.terminal import say
+from moecli.units import format_bandwidth, format_nbytes, format_wait, parse_bandwidth
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
-    from quant.convert import ConversionResult
+    from quant.convert import ConversionJob, ConversionResult
 
 HELP = """Quantize the experts of a checkpoint to INT4 or INT8.
 
@@ -59,6 +60,13 @@ def quantize(
         ),
     ] = None,
     revision: options.Revision = None,
+    dry_run: options.DryRun = False,
+    rate: Annotated[
+        str | None,
+        options.option(
+            "--rate", metavar="RATE", help="With --dry-run: the hub is read at `50MB/s`."
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     name = options.require_model(ctx, model, model_flag)
@@ -72,6 +80,10 @@ def quantize(
             f"`{out}` exists already",
             f"`moecli chat {_called(out)}` uses it; `-o DIR` writes another",
         )
+    if dry_run:
+        stated = None if rate is None else parse_bandwidth(rate, "`--rate`")
+        _show_preview(source.job(out, scheme, dense_scheme), stated, as_json)
+        return
     if output is None:
         out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -129,6 +141,46 @@ class _Source:
             *(self.repo_id, self.revision, out, scheme, dense_scheme, caller),
             *(progress.update, progress.arrived),
         )
+
+    def job(
+        self, out: Path, scheme: QuantScheme, dense_scheme: QuantScheme | None
+    ) -> "ConversionJob":
+        """What `quantize` would do."""
+        from moecli.conversion import hub_job, local_job
+
+        if self.path is not None:
+            return local_job(self.path, out, scheme, dense_scheme)
+        caller = Caller(ui.show_note)
+        return hub_job(self.repo_id, self.revision, out, scheme, dense_scheme, caller)
+
+
+def _show_preview(job: "ConversionJob", rate: float | None, as_json: bool) -> None:
+    from moecli.preview import preview
+
+    seen = preview(job, rate)
+    if as_json:
+        print(json.dumps(asdict(seen), indent=2))
+        return
+    sizes = (
+        ("source", seen.source_nbytes),
+        ("download", seen.download_nbytes),
+        ("result", seen.out_nbytes),
+        ("disk at most", seen.peak_disk_nbytes),
+        ("disk free", seen.free_disk_nbytes),
+    )
+    rates = [("quantizing", seen.quantize_rate)]
+    if seen.network_rate is not None:
+        rates.append(("network", seen.network_rate))
+    bits = f"{seen.bpw:.2f} ({seen.bpw_experts:.2f} in experts)"
+    ui.show_pairs(
+        [
+            ("to be written", seen.out, seen.out),
+            *((label, format_nbytes(size), str(size)) for label, size in sizes),
+            ("bits a weight", bits, f"{seen.bpw}"),
+            *((label, format_bandwidth(rate), f"{rate:.0f}") for label, rate in rates),
+            ("time", f"{format_wait(seen.seconds)}, by {seen.bottleneck}", f"{seen.seconds:.1f}"),
+        ]
+    )
 
 
 def _called(out: Path) -> str:

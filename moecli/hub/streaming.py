@@ -4,6 +4,7 @@ after the other, each gone when it is not needed any more; knows nothing of what
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from pathlib import Path
 
 from moecli.errors import MoecliError
 from moecli.hub.cache import CachedRepository
-from moecli.hub.client import Caller, RemoteFile, Repository, describe, read_bytes
+from moecli.hub.client import (
+    Caller,
+    RemoteFile,
+    Repository,
+    describe,
+    read_bytes,
+    read_range,
+)
 from moecli.hub.fetch import fetch, partial_path
 from moecli.hub.pulling import small_snapshot, weights_of
 from quant.checkpoint import Checkpoint, sampled_ranges
@@ -25,6 +33,7 @@ from quant.safetensors_file import (
 
 _AT_ONCE = 8  # files whose headers are asked for
 _FIRST_NBYTES = 1 << 18  # holds the header of most files
+_RATE_NBYTES = 16 << 20  # enough for a connection to come to its speed
 _PIN_FILE = "repository.json"
 
 
@@ -109,7 +118,8 @@ class HubSupply:
         self._repository, self._directory = repository, directory
         self._caller = Caller(caller.notify)
         self._arrived = arrived
-        self._largest = max(repository.files[name].nbytes for name in names)
+        self._files = [repository.files[name] for name in names]
+        self._largest = max(file.nbytes for file in self._files)
         self._changed = threading.Condition()
         self._here: dict[str, int] = {}  # bytes of each file on this disk
         self._whole: set[str] = set()
@@ -119,8 +129,19 @@ class HubSupply:
         self._thread: threading.Thread | None = None
 
     def room_nbytes(self) -> int:
-        there = sum(file.lstat().st_size for file in self._directory.glob("*.safetensors*"))
-        return max(0, self._largest - there)
+        return max(0, self._largest - sum(map(self._there, self._files)))
+
+    def download_nbytes(self) -> int:
+        cached = CachedRepository.of(self._repository.repo_id)
+        missing = (file for file in self._files if not cached.blob(file).exists())
+        return sum(file.nbytes - self._there(file) for file in missing)
+
+    def measure_rate(self) -> float:
+        file = max(self._files, key=lambda file: file.nbytes)
+        nbytes = min(file.nbytes, _RATE_NBYTES)
+        started = time.perf_counter()
+        read_range(self._repository, file, 0, nbytes, lambda chunk: None, self._caller)
+        return nbytes / (time.perf_counter() - started)
 
     def begin(self, later_nbytes: Mapping[str, int]) -> None:
         try:
@@ -154,6 +175,12 @@ class HubSupply:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+
+    def _there(self, file: RemoteFile) -> int:
+        """Bytes of a file that an earlier run has brought."""
+        target = self._directory / file.name
+        found = (path for path in (target, partial_path(target)) if path.exists())
+        return sum(path.lstat().st_size for path in found)
 
     def _prepare(self, names: Sequence[str]) -> None:
         """Note the commit; keep what the first files need, drop what else an earlier run has left.

@@ -1,5 +1,7 @@
 """`moecli quantize org/name` against a stand-in hub: what a local conversion gives, always."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,43 @@ def test_a_header_that_lies_is_told(moecli: Command, hub: StandInHub, tmp_path: 
     outcome = moecli("quantize", "org/bad", "-o", tmp_path / "out")
     assert outcome.code == 1
     assert "claims a header of" in outcome.err
+
+
+def test_dry_run_says_what_comes_and_writes_nothing(
+    moecli: Command, hub: StandInHub, repo: Repo, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    command = ("quantize", REPO, "--dense", "int8-g32", "-o", tmp_path / "out", "--dry-run")
+    outcome = moecli(*command, "--json")
+    assert outcome.code == 0, outcome.err
+    seen = json.loads(outcome.out)
+    sizes = [file.stat().st_size for file in repo.path.glob("*.safetensors")]
+    assert seen["download_nbytes"] == sum(sizes)
+    assert seen["out_nbytes"] == len(expected["model.safetensors"])
+    assert seen["peak_disk_nbytes"] == seen["out_nbytes"] + max(sizes)
+    assert seen["bpw_experts"] == 4.5
+    assert seen["network_rate"] > 0
+    assert not (tmp_path / "out.partial").exists()
+    slow = moecli(*command, "--rate", "10kB/s").out
+    assert re.search(r"^time\t\d+\.\d$", slow, re.M), slow
+    assert f"network\t{10_000}\n" in slow
+    seconds = float(slow.rpartition("\t")[2])
+    assert seconds == pytest.approx(sum(sizes) / 10_000, rel=0.01)
+
+
+def test_dry_run_counts_what_is_here_already(
+    moecli: Command, hub: StandInHub, repo: Repo, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupt_after(6, out)
+    command = ("quantize", REPO, "--dense", "int8-g32", "-o", out, "--dry-run", "--json")
+    seen = json.loads(moecli(*command).out)
+    sizes = [file.stat().st_size for file in repo.path.glob("*.safetensors")]
+    assert 0 < seen["download_nbytes"] < sum(sizes)
+    assert moecli("pull", REPO).code == 0
+    seen = json.loads(moecli(*command).out)
+    assert seen["download_nbytes"] == 0
+    assert seen["network_rate"] is None
+    assert seen["peak_disk_nbytes"] == seen["out_nbytes"]
 
 
 def test_revisions_are_of_repositories(moecli: Command, served: Path) -> None:
