@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test lint soak bench gpu-check clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A hundred kills of a conversion from a hub, and its memory and disk at a larger size: minutes.
+soak: $(VENV)/.dev
+	MOECLI_SOAK=1 $(BIN)/pytest -s tests/hub/test_hub_kills.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/quantizer_error.py --json benchmarks/results/quantizer_error.json

@@ -1,23 +1,31 @@
-"""Joins the names of a model with the converter: from a checkpoint to a quantized one."""
+"""Joins the names of a model with the converter: from a checkpoint to a quantized one.
 
-from collections.abc import Mapping
+The checkpoint lies in a directory, or comes from the hub while it is converted.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moecli.errors import MoecliError
+from moecli.hub.client import Caller
 from moecli.hub.selection import COMPANIONS
 from moecli.models.config import ModelSpec
 from moecli.models.hf_config import BITSANDBYTES, source_scheme
 from moecli.models.naming import plan_conversion
 from quant.bnb_source import open_source
+from quant.checkpoint import Checkpoint
 from quant.convert import (
+    SOURCE_DIRECTORY,
     ConversionJob,
     ConversionResult,
     ProgressCallback,
     convert,
-    quantization_config,
+    partial_of,
 )
+from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
+from quant.supply import AllThere, Supply
 
 
 def quantize_model(
@@ -34,6 +42,13 @@ def quantize_model(
     MoecliError and QuantError for anything wrong with the source, and QuantError when `out` exists
     or cannot be written; what was finished then stays for a next try.
     """
+    return convert(local_job(source, out, scheme, dense_scheme), progress)
+
+
+def local_job(
+    source: Path, out: Path, scheme: QuantScheme, dense_scheme: QuantScheme | None
+) -> ConversionJob:
+    """What quantize_model does."""
     checkpoint = open_source(source)
     scheme_there = source_scheme(checkpoint.config)
     if scheme_there is not None and not scheme_there.startswith(BITSANDBYTES):
@@ -41,12 +56,69 @@ def quantize_model(
             f"`{source}` is quantized already ({scheme_there})",
             "start from the 16-bit checkpoint, or from one quantized with bitsandbytes",
         )
+    return _job(checkpoint, out, scheme, dense_scheme, AllThere())
+
+
+def quantize_from_hub(
+    repo_id: str,
+    revision: str | None,
+    out: Path,
+    scheme: QuantScheme,
+    dense_scheme: QuantScheme | None,
+    caller: Caller,
+    progress: ProgressCallback | None = None,
+    arrived: Callable[[int], None] = lambda nbytes: None,
+) -> ConversionResult:
+    """As quantize_model, of a repository of the hub, file by file while it comes.
+
+    The disk holds the result and one file of the source at most. `arrived` is told how many bytes
+    have come. What was interrupted goes on with the commit it began with, unless a revision is
+    given. Raises MoecliError too where the hub does not give what is needed.
+    """
+    job = hub_job(repo_id, revision, out, scheme, dense_scheme, caller, arrived)
+    return convert(job, progress)
+
+
+def hub_job(
+    repo_id: str,
+    revision: str | None,
+    out: Path,
+    scheme: QuantScheme,
+    dense_scheme: QuantScheme | None,
+    caller: Caller,
+    arrived: Callable[[int], None] = lambda nbytes: None,
+) -> ConversionJob:
+    """What quantize_from_hub does; headers and small files have come."""
+    from moecli.hub.pulling import weights_of
+    from moecli.hub.streaming import HubSupply, open_remote, pinned
+
+    directory = partial_of(out) / SOURCE_DIRECTORY
+    repository = pinned(repo_id, revision, directory, caller)
+    checkpoint = open_remote(repository, directory, caller)
+    scheme_there = source_scheme(checkpoint.config)
+    if scheme_there is not None:
+        raise MoecliError(
+            f"`{repo_id}` is quantized already ({scheme_there})",
+            f"start from the 16-bit model; of bitsandbytes, `moecli pull {repo_id}` first",
+        )
+    names = weights_of(repository, checkpoint.path)
+    supply = HubSupply(repository, names, directory, caller, arrived)
+    return _job(checkpoint, out, scheme, dense_scheme, supply)
+
+
+def _job(
+    checkpoint: Checkpoint,
+    out: Path,
+    scheme: QuantScheme,
+    dense_scheme: QuantScheme | None,
+    supply: Supply,
+) -> ConversionJob:
     config = _without_quantization(checkpoint.config)
     spec = ModelSpec.from_hf(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     conversion = plan_conversion(spec, shapes, dense_scheme)
     config["quantization_config"] = quantization_config(scheme, dense_scheme, conversion.ignore)
-    job = ConversionJob(
+    return ConversionJob(
         source=checkpoint,
         out=out,
         scheme=scheme,
@@ -54,9 +126,9 @@ def quantize_model(
         experts=conversion.experts,
         dense=conversion.dense,
         config=config,
-        extra_files=tuple(name for name in COMPANIONS if (source / name).is_file()),
+        extra_files=tuple(name for name in COMPANIONS if (checkpoint.path / name).is_file()),
+        supply=supply,
     )
-    return convert(job, progress)
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,9 @@ Revision = Annotated[
     str | None,
     option("--revision", metavar="NAME", help="Of the repository: a branch, a tag or a commit."),
 ]
+DryRun = Annotated[
+    bool, option("--dry-run", help="Say what would be done, what it takes; do nothing.")
+]
 Json = Annotated[bool, option("--json", help="Print one JSON object.")]
 Verbose = Annotated[bool, option("-v", "--verbose", help="Say on stderr how fast it was.")]
 Yes = Annotated[bool, option("-y", "--yes", help="Do not ask.")]

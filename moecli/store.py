@@ -107,7 +107,7 @@ def resolve(name: str) -> Path:
 
 
 def resolve_source(name: str) -> Path:
-    """The directory of a checkpoint to quantize: an existing path, `demo`, or what was pulled."""
+    """The directory of a checkpoint to quantize: an existing path, or `demo`."""
     if name == DEMO:
         return demo_source()
     path = Path(name).expanduser()
@@ -115,13 +115,6 @@ def resolve_source(name: str) -> Path:
         return path
     if path.exists():
         raise MoecliError(f"`{name}` is a file", "give the directory of a checkpoint")
-    if is_hub_id(name):
-        from moecli.hub.pulling import cached_model
-
-        cached = cached_model(name)
-        if cached is None:
-            raise MoecliError(f"`{name}` is not downloaded", f"`moecli pull {name}` downloads it")
-        return cached
     raise _unknown(name)
 
 

@@ -5,14 +5,14 @@ Model text does not pass through here.
 """
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from moecli.events import GenerationStats
+from moecli.progress import ConversionLines, PullLines, time_left
 from moecli.terminal import bold, dim, has_colors, is_terminal, say, styled
-from moecli.units import format_bandwidth, format_nbytes, format_seconds, format_wait
+from moecli.units import format_bandwidth, format_nbytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from quant.convert import ConversionProgress, ConversionResult
 
 _RED, _YELLOW, _GREEN = "31;1", "33", "32"
-_PLAIN_PERCENT = 10  # between two lines where no bar can be drawn
-_PLAIN_SECONDS = 15.0
 
 
 def show_error(message: str, hint: str | None) -> None:
@@ -215,8 +213,6 @@ def show_chat_header(version: str, lines: Sequence[str]) -> None:
 @contextmanager
 def pull_progress(quiet: bool) -> Iterator["PullProgress"]:
     """A bar a file and one for all; lines where stderr is no terminal; nothing with `quiet`."""
-    from moecli.hub.progress import PullLines
-
     if quiet or not is_terminal(sys.stderr):
         yield PullLines(_silent if quiet else say)
         return
@@ -269,11 +265,18 @@ class _PullBars:
 # Conversion
 
 
+class ConversionShown(Protocol):
+    """Where a conversion is told of; `arrived` comes from another thread."""
+
+    def update(self, now: "ConversionProgress") -> None: ...
+    def arrived(self, nbytes: int) -> None: ...
+
+
 @contextmanager
-def conversion_progress() -> Iterator[Callable[["ConversionProgress"], None]]:
+def conversion_progress() -> Iterator[ConversionShown]:
     """A bar with time left and running error; lines where stderr is no terminal."""
     if not is_terminal(sys.stderr):
-        yield _PlainProgress()
+        yield ConversionLines(say)
         return
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -281,42 +284,29 @@ def conversion_progress() -> Iterator[Callable[["ConversionProgress"], None]]:
         TextColumn("quantizing"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%  {task.fields[sizes]}  {task.fields[left]}"),
-        TextColumn("{task.fields[error]}", markup=False),
+        TextColumn("{task.fields[error]}{task.fields[came]}", markup=False),
     )
     with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
-        task: TaskID = bar.add_task("", total=None, sizes="", left="", error="")
-
-        def update(now: "ConversionProgress") -> None:
-            bar.update(
-                task,
-                total=now.total_nbytes,
-                completed=now.done_nbytes,
-                sizes=f"{format_nbytes(now.done_nbytes)} of {format_nbytes(now.total_nbytes)}",
-                left=_left(now),
-                error=f"error {now.error:.2%}",
-            )
-
-        yield update
+        yield _ConversionBar(bar)
 
 
-class _PlainProgress:
-    """A line now and then, for logs."""
+class _ConversionBar:
+    def __init__(self, bar: "Progress") -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None, sizes="", left="", error="", came="")
 
-    def __init__(self) -> None:
-        self._percent = 0
-        self._time = time.monotonic()
+    def update(self, now: "ConversionProgress") -> None:
+        self._bar.update(
+            self._task,
+            total=now.total_nbytes,
+            completed=now.done_nbytes,
+            sizes=f"{format_nbytes(now.done_nbytes)} of {format_nbytes(now.total_nbytes)}",
+            left=time_left(now),
+            error=f"error {now.error:.2%}",
+        )
 
-    def __call__(self, now: "ConversionProgress") -> None:
-        percent = 100 * now.done_nbytes // max(now.total_nbytes, 1)
-        step = percent // _PLAIN_PERCENT - self._percent // _PLAIN_PERCENT
-        waited = time.monotonic() - self._time
-        if step > 0 or (percent > self._percent and waited >= _PLAIN_SECONDS):
-            say(f"quantizing: {percent}%, error {now.error:.2%}, {_left(now)}".rstrip(", "))
-            self._percent, self._time = percent, time.monotonic()
-
-
-def _left(now: "ConversionProgress") -> str:
-    return "" if now.eta_s is None else f"{format_wait(now.eta_s)} left"
+    def arrived(self, nbytes: int) -> None:
+        self._bar.update(self._task, came=f"  {format_nbytes(nbytes)} downloaded")
 
 
 def show_conversion(result: "ConversionResult", model: str) -> None:

@@ -5,7 +5,7 @@ Knows no model family: names mean nothing here, except the suffixes of a quantiz
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,8 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SAMPLES = 64  # blocks of each file that go into a fingerprint
+_SAMPLES = 64  # blocks of a checkpoint that go into its fingerprint, and of each file at least
+_SAMPLES_OF_FILE = 2
 _BLOCK_NBYTES = 4096
 _HASH_NBYTES = 1 << 20
 
@@ -55,12 +56,18 @@ class Checkpoint:
         """Raises QuantError where something is missing, damaged or pickled."""
         if not path.is_dir():
             raise QuantError(f"`{path}` is not a directory", "give the directory of a model")
-        config = read_json(path / CONFIG_FILE)
-        names_by_file = _names_by_file(path)
+        read_json(path / CONFIG_FILE)
+        _require_files(path, _names_by_file(path))
+        return cls.assemble(path, lambda name: SafetensorsFile.open(path / name))
+
+    @classmethod
+    def assemble(cls, path: Path, open_file: Callable[[str], SafetensorsFile]) -> "Checkpoint":
+        """The checkpoint of the config.json and index in `path`; its files may lie elsewhere."""
+        config, names_by_file = read_json(path / CONFIG_FILE), _names_by_file(path)
         files: dict[str, SafetensorsFile] = {}
         tensors: dict[str, TensorInfo] = {}
         for file_name, names in sorted(names_by_file.items()):
-            file = files[file_name] = SafetensorsFile.open(path / file_name)
+            file = files[file_name] = open_file(file_name)
             for name in file.entries if names is None else names:
                 entry = file.entries.get(name)
                 if entry is None:
@@ -96,16 +103,16 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the headers, the config and samples of the tensors: tells checkpoints apart."""
+        """Hash of the headers, the config and samples of the tensors: tells checkpoints apart.
+
+        It is the same wherever the files lie, and asks little of one that lies elsewhere.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file_name, file in sorted(self.files.items()):
             digest.update(f"{file_name} {file.nbytes}".encode())
             digest.update(file.header)
-            with file.path.open("rb") as data:
-                for sample in range(_SAMPLES):
-                    last = max(0, file.nbytes - _BLOCK_NBYTES)
-                    data.seek(last * sample // (_SAMPLES - 1))
-                    digest.update(data.read(_BLOCK_NBYTES))
+            for start, stop in sampled_ranges(file.nbytes, len(self.files)):
+                digest.update(file.read_bytes(start, stop))
         return digest.hexdigest()
 
     def _file(self, name: str) -> SafetensorsFile:
@@ -205,6 +212,14 @@ class QuantizedCheckpoint:
                 )
 
 
+def sampled_ranges(nbytes: int, num_files: int) -> list[tuple[int, int]]:
+    """(start, stop) of the blocks of a file that go into the fingerprint of its checkpoint."""
+    count = max(_SAMPLES_OF_FILE, _SAMPLES // num_files)
+    last = max(0, nbytes - _BLOCK_NBYTES)
+    starts = [last * sample // (count - 1) for sample in range(count)]
+    return [(start, min(start + _BLOCK_NBYTES, nbytes)) for start in starts]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises QuantError when there is none."""
     try:
@@ -225,13 +240,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _names_by_file(path: Path) -> dict[str, list[str] | None]:
     """File name -> the tensors to take from it (None: all)."""
     if not (path / INDEX_FILE).exists():
-        if (path / SINGLE_FILE).exists():
-            return {SINGLE_FILE: None}
-        _refuse_pickles(path)
-        raise QuantError(
-            f"`{path}` has neither `{SINGLE_FILE}` nor `{INDEX_FILE}`",
-            "the weights are missing; download the model again",
-        )
+        return {SINGLE_FILE: None}
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise QuantError(f"`{path / INDEX_FILE}` has no weight_map", "download it again")
@@ -243,14 +252,25 @@ def _names_by_file(path: Path) -> dict[str, list[str] | None]:
         names = names_by_file.setdefault(file_name, [])
         assert names is not None, "files of an index have their tensors listed"
         names.append(name)
-    missing = [name for name in sorted(names_by_file) if not (path / name).exists()]
-    if missing:
-        raise QuantError(
-            f"`{path}` lacks {len(missing)} of {len(names_by_file)} shards: `{missing[0]}`"
-            + (" and others" if len(missing) > 1 else ""),
-            "the download is incomplete; download the model again",
-        )
     return names_by_file
+
+
+def _require_files(path: Path, names: Collection[str]) -> None:
+    """Raise QuantError unless all files of the weights are in the directory."""
+    missing = [name for name in sorted(names) if not (path / name).exists()]
+    if not missing:
+        return
+    if missing == [SINGLE_FILE]:
+        _refuse_pickles(path)
+        raise QuantError(
+            f"`{path}` has neither `{SINGLE_FILE}` nor `{INDEX_FILE}`",
+            "the weights are missing; download the model again",
+        )
+    raise QuantError(
+        f"`{path}` lacks {len(missing)} of {len(names)} shards: `{missing[0]}`"
+        + (" and others" if len(missing) > 1 else ""),
+        "the download is incomplete; download the model again",
+    )
 
 
 def _refuse_pickles(path: Path) -> None:

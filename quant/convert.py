@@ -1,10 +1,11 @@
 """Knows how to turn a checkpoint into a quantized one, unit by unit, so that nothing is lost when
 it is killed; knows no model family: the names come with the job.
 
-Everything is written to `<out>.partial`, front to back. After each unit the journal records the
-file's length and checksum up to there. A resumed conversion hashes what is on disk, keeps what
-agrees with the journal and goes on behind it. The manifest is written when all else is on disk;
-then the directory gets its name. The bytes depend on the source and the job alone.
+Everything is written to `<out>.partial`, each unit at its place, in the order in which the source
+is read: so its files are needed one after the other, and each only once. After each unit the
+journal records its checksum. A resumed conversion hashes what is on disk, keeps what agrees with
+the journal and does the rest. The manifest is written when all else is on disk; then the directory
+gets its name. The bytes depend on the source and the job alone.
 """
 
 import fcntl
@@ -13,8 +14,10 @@ import json
 import os
 import shutil
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,11 @@ from quant.quantize import SquaredError, quantize_measured
 from quant.safetensors_file import memory_of, write_fully
 from quant.scheme import QuantScheme
 from quant.shard_writer import ShardWriter, writing
-from quant.shards import OutputPlan, Shard, Unit, plan_output
+from quant.shards import OutputPlan, PlacedUnit, Unit, plan_output, reading_order
+from quant.supply import AllThere, Supply
 
 SHARD_NBYTES = 5 * 10**9
+SOURCE_DIRECTORY = "source"  # in the partial directory: for files of the source on their way
 _JOURNAL_FILE = "journal"
 # At most this much finished work is written again after a power failure; a kill loses none.
 _SYNC_NBYTES = 256 << 20
@@ -51,11 +56,12 @@ class ConversionJob:
     config: dict[str, Any]
     extra_files: tuple[str, ...] = ()  # copied from the source's directory
     shard_nbytes: int = SHARD_NBYTES
+    supply: Supply = AllThere()  # noqa: RUF009 it has no state
 
     @property
     def partial(self) -> Path:
         """Where the result grows until it is whole."""
-        return self.out.with_name(self.out.name + ".partial")
+        return partial_of(self.out)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,15 @@ class ConversionResult:
 ProgressCallback = Callable[[ConversionProgress], None]
 
 
+def plan_of(job: ConversionJob) -> OutputPlan:
+    """What will be written; raises QuantError where tensors of the source do not fit."""
+    return plan_output(job.source, job.scheme, job.experts, job.dense, job.shard_nbytes)
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> ConversionResult:
     """Write the quantized checkpoint, or take up what an interrupted run has left.
 
@@ -98,7 +113,7 @@ def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> Con
     started = time.monotonic()
     if job.out.exists():
         raise QuantError(f"`{job.out}` exists already", "choose another output, or remove it first")
-    plan = plan_output(job.source, job.scheme, job.experts, job.dense, job.shard_nbytes)
+    plan = plan_of(job)
     for name in job.extra_files:
         if not (job.source.path / name).is_file():
             raise QuantError(f"`{job.source.path}` has no `{name}` to copy")
@@ -118,58 +133,6 @@ def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> Con
     return conversion.result()
 
 
-def quantization_config(
-    scheme: QuantScheme,
-    dense_scheme: QuantScheme | None,
-    ignore: Sequence[str],
-    expert_targets: Sequence[str] = (r"re:.*\.experts\..*_proj$",),
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json: compressed-tensors, `pack-quantized`.
-
-    Readers match a Linear's name before its class, so the experts' group goes by name and the
-    dense group takes the other Linears. `ignore` names the Linears that stay in 16 bits.
-    """
-    if dense_scheme == scheme:
-        targets = [(scheme, ["Linear"])]
-    else:
-        targets = [(scheme, list(expert_targets))]
-        if dense_scheme is not None:
-            targets.append((dense_scheme, ["Linear"]))
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": list(ignore),
-        "config_groups": {
-            f"group_{number}": _config_group(group_scheme, group_targets)
-            for number, (group_scheme, group_targets) in enumerate(targets)
-        },
-    }
-
-
-def _config_group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
-    return {
-        "targets": targets,
-        "format": "pack-quantized",
-        "input_activations": None,
-        "output_activations": None,
-        "weights": {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group",
-            "group_size": scheme.group_size,
-            "dynamic": False,
-            "actorder": None,
-            "block_structure": None,
-            "observer": "minmax",
-            "observer_kwargs": {},
-        },
-    }
-
-
 @dataclass
 class _Conversion:
     """One run: what is finished, what it was like, and what comes next."""
@@ -179,51 +142,60 @@ class _Conversion:
     progress: ProgressCallback
     started: float
     reader: SliceReader = field(init=False)
-    errors: dict[str, SquaredError] = field(init=False)  # by kind: experts, dense
+    writers: dict[int, ShardWriter] = field(default_factory=dict)  # by number of file
+    unsynced: set[int] = field(default_factory=set)
+    unsynced_nbytes: int = 0
+    errors: dict[tuple[int, int], SquaredError] = field(default_factory=dict)  # of finished units
     digests: dict[str, str] = field(default_factory=dict)  # by file name
+    running: SquaredError = field(default_factory=SquaredError)  # of experts
+    sums: dict[str, SquaredError] = field(default_factory=dict)  # by kind: experts, dense
     done_nbytes: int = 0  # of the source
     resumed_nbytes: int = 0
     units_done: int = 0
     units_resumed: int = 0
-    unsynced_nbytes: int = 0
 
     def __post_init__(self) -> None:
         self.reader = SliceReader(self.job.source)
-        self.errors = {"experts": SquaredError(), "dense": SquaredError()}
-        self.total_nbytes = sum(unit.source_nbytes for unit in self.plan.units)
+        self.total_nbytes = self.plan.source_nbytes
         self.key = _job_key(self.job)
 
     def run(self) -> None:
         """Fill the partial directory; afterwards it needs nothing but its name."""
         partial = self.job.partial
         if (partial / MANIFEST_FILE).exists():
-            self._take_manifest()  # a run was killed between its last two steps
+            self._take_manifest()  # a run was killed between its last steps
         else:
             _check_is_ours(partial)
-            self._check_space()
             with writing(partial):
                 journal = Journal(partial / _JOURNAL_FILE, self.key)
             try:
+                self._resume(journal)
+                self._check_space()
+                self._write_units(journal)
+                self._sync(journal)
                 for number, shard in enumerate(self.plan.shards):
-                    self._write_shard(number, shard, journal)
+                    with writing(partial / shard.name):
+                        self.digests[shard.name] = self._writer(number).digest_of(0, shard.nbytes)
             finally:
                 journal.close()
+                for writer in self.writers.values():
+                    writer.close()
+            self.sums = self._sums()
             self._write_small_files()
         with writing(partial):
+            if (partial / SOURCE_DIRECTORY).exists():
+                shutil.rmtree(partial / SOURCE_DIRECTORY)
             (partial / _JOURNAL_FILE).unlink(missing_ok=True)
 
     def result(self) -> ConversionResult:
-        layout, units = self.plan.layout, self.plan.units
-        nbytes = sum(t.nbytes for u in units for t in u.tensors if u.item is not None)
-        num_weights = sum(unit.num_weights for unit in units)
         return ConversionResult(
             out=self.job.out,
             out_nbytes=sum(file.stat().st_size for file in self.job.out.iterdir()),
             source_nbytes=self.total_nbytes,
-            bpw_experts=layout.nbytes * 8 / layout.num_weights,
-            bpw=nbytes * 8 / num_weights,
-            error_experts=self.errors["experts"].relative_rms,
-            error_dense=self.errors["dense"].relative_rms,
+            bpw_experts=self.plan.bpw_experts,
+            bpw=self.plan.bpw,
+            error_experts=self.sums["experts"].relative_rms,
+            error_dense=self.sums["dense"].relative_rms,
             units_done=self.units_done,
             units_resumed=self.units_resumed,
             seconds=time.monotonic() - self.started,
@@ -234,14 +206,21 @@ class _Conversion:
         manifest = Manifest.decode(path, read_json(path))
         if manifest.job != self.key:
             raise other_job(self.job.partial)
-        self.errors = {kind: SquaredError(*e) for kind, e in manifest.squared_errors.items()}
+        self.sums = {kind: SquaredError(*e) for kind, e in manifest.squared_errors.items()}
         self.units_resumed = len(self.plan.units)
+
+    def _sums(self) -> dict[str, SquaredError]:
+        """Added up in the order of the bytes, so that they do not depend on that of the work."""
+        sums = {"experts": SquaredError(), "dense": SquaredError()}
+        for placed in self.plan.placed:
+            kind = "experts" if placed.unit.of_expert else "dense"
+            sums[kind] += self.errors[placed.shard, placed.number]
+        return sums
 
     def _check_space(self) -> None:
         """Raise QuantError unless what is still to be written fits the disk."""
         partial = self.job.partial
-        there = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-        needed = self.plan.nbytes - there
+        needed = self._left_nbytes() + self.job.supply.room_nbytes()
         free = shutil.disk_usage(partial).free
         if needed > free:
             raise QuantError(
@@ -250,60 +229,113 @@ class _Conversion:
                 "make room, or choose an output on another disk",
             )
 
-    def _write_shard(self, number: int, shard: Shard, journal: Journal) -> None:
-        path = self.job.partial / shard.name
-        with writing(path):
-            writer = ShardWriter(path)
+    def _left_nbytes(self) -> int:
+        """Bytes of the result that are not written."""
+        done = sum(p.unit.nbytes for p in self.plan.placed if (p.shard, p.number) in self.errors)
+        return self.plan.nbytes - done
+
+    def _resume(self, journal: Journal) -> None:
+        """Take over the units on record that are still there."""
+        records = {(record["shard"], record["unit"]): record for record in journal.records}
+        for placed in self.plan.placed:
+            record = records.get((placed.shard, placed.number))
+            if record is None:
+                continue
+            end = placed.offset + placed.unit.nbytes
+            with writing(self._path(placed)):
+                digest = self._writer(placed.shard).digest_of(placed.offset, end)
+            if digest == record["digest"]:
+                self._account(placed, SquaredError(*record["error"]), resumed=True)
+
+    def _write_units(self, journal: Journal) -> None:
+        """Write what is missing, in the order of the source; let go of its files one by one."""
+        order = reading_order(self.job.source, self.plan)
+        missing = [placed for placed in order if (placed.shard, placed.number) not in self.errors]
+        left = Counter(name for name in map(self._file_of, missing) if name is not None)
+        supply = self.job.supply
         try:
-            with writing(path):
-                first = self._resume_shard(number, shard, journal, writer)
-            for unit_number in range(first, len(shard.units)):
-                unit = shard.units[unit_number]
-                with writing(path):
-                    error = self._write_unit(unit, writer)
-                    journal.append(
-                        {
-                            "shard": number,
-                            "unit": unit_number,
-                            "end": writer.position,
-                            "digest": writer.digest,
-                            "error": [error.error, error.total],
-                        }
-                    )
-                    self._sync_now_and_then(unit.nbytes, writer, journal)
-                self._account(unit, error)
-            with writing(path):
-                writer.sync()
-                journal.sync()
-            assert writer.position == shard.nbytes, f"`{path}` has {writer.position} bytes"
-            self.digests[shard.name] = writer.digest
+            supply.begin(self._later_nbytes(missing))
+            for placed in missing:
+                name = self._file_of(placed)
+                if name is None:
+                    self._write(placed, journal)
+                    continue
+                supply.take(name)
+                self._write(placed, journal)
+                left[name] -= 1
+                if not left[name]:
+                    self._sync(journal)
+                    supply.release(name)
         finally:
-            writer.close()
+            supply.close()
 
-    def _resume_shard(
-        self, number: int, shard: Shard, journal: Journal, writer: ShardWriter
-    ) -> int:
-        """Take over the finished units of a shard that are still there; returns their count."""
-        latest = {r["unit"]: r for r in journal.records if r["shard"] == number}
-        records: list[dict[str, Any]] = []
-        while len(records) in latest:
-            records.append(latest[len(records)])
-        held = writer.resume([(record["end"], record["digest"]) for record in records])
-        for unit, record in zip(shard.units[:held], records, strict=False):
-            self._account(unit, SquaredError(*record["error"]), resumed=True)
-        return held
+    def _later_nbytes(self, missing: Sequence[PlacedUnit]) -> dict[str, int]:
+        """By file of the source, in order: bytes of the result that come of files after it."""
+        nbytes: dict[str, int] = defaultdict(int)
+        for placed in missing:
+            name = self._file_of(placed)
+            if name is not None:
+                nbytes[name] += placed.unit.nbytes
+        total, ends = sum(nbytes.values()), accumulate(nbytes.values())
+        return {name: total - end for name, end in zip(nbytes, ends, strict=True)}
 
-    def _account(self, unit: Unit, error: SquaredError, resumed: bool = False) -> None:
+    def _write(self, placed: PlacedUnit, journal: Journal) -> None:
+        path = self._path(placed)
+        with writing(path):
+            writer = self._writer(placed.shard)
+            writer.begin(placed.offset)
+            error = self._write_unit(placed.unit, writer)
+            journal.append(
+                {
+                    "shard": placed.shard,
+                    "unit": placed.number,
+                    "digest": writer.digest,
+                    "error": [error.error, error.total],
+                }
+            )
+        self.unsynced.add(placed.shard)
+        self.unsynced_nbytes += placed.unit.nbytes
+        if self.unsynced_nbytes >= _SYNC_NBYTES:
+            self._sync(journal)
+        self._account(placed, error)
+
+    def _sync(self, journal: Journal) -> None:
+        """Put finished work beyond the reach of a power failure."""
+        for number in sorted(self.unsynced):
+            with writing(self.job.partial / self.plan.shards[number].name):
+                self.writers[number].sync()
+        with writing(journal.path):
+            journal.sync()
+        self.unsynced.clear()
+        self.unsynced_nbytes = 0
+
+    def _writer(self, number: int) -> ShardWriter:
+        if number not in self.writers:
+            shard = self.plan.shards[number]
+            self.writers[number] = ShardWriter(self.job.partial / shard.name, shard.nbytes)
+        return self.writers[number]
+
+    def _path(self, placed: PlacedUnit) -> Path:
+        return self.job.partial / self.plan.shards[placed.shard].name
+
+    def _file_of(self, placed: PlacedUnit) -> str | None:
+        """The file of the source that a unit comes from."""
+        part = placed.unit.source
+        return None if part is None else self.job.source.info(part.name).file.name
+
+    def _account(self, placed: PlacedUnit, error: SquaredError, resumed: bool = False) -> None:
         """Count a finished unit and tell about it."""
+        unit = placed.unit
+        self.errors[placed.shard, placed.number] = error
         self.done_nbytes += unit.source_nbytes
-        kind = "experts" if isinstance(unit.item, ExpertItem) else "dense"
-        self.errors[kind] += error
+        if unit.of_expert:
+            self.running += error
         if resumed:
             self.units_resumed += 1
             self.resumed_nbytes += unit.source_nbytes
         else:
             self.units_done += 1
-        if unit.item is None:
+        if unit.source is None:
             return
         elapsed = time.monotonic() - self.started
         fresh = self.done_nbytes - self.resumed_nbytes
@@ -313,31 +345,20 @@ class _Conversion:
                 done_nbytes=self.done_nbytes,
                 total_nbytes=self.total_nbytes,
                 item=unit.label,
-                error=self.errors["experts"].relative_rms,
+                error=self.running.relative_rms,
                 elapsed_s=elapsed,
                 eta_s=elapsed * left / fresh if fresh else None,
             )
         )
 
-    def _sync_now_and_then(self, nbytes: int, writer: ShardWriter, journal: Journal) -> None:
-        self.unsynced_nbytes += nbytes
-        if self.unsynced_nbytes >= _SYNC_NBYTES:
-            writer.sync()
-            journal.sync()
-            self.unsynced_nbytes = 0
-
     def _write_unit(self, unit: Unit, writer: ShardWriter) -> SquaredError:
-        error = SquaredError()
-        if unit.item is None:
+        if unit.source is None:
             writer.write(unit.constant)
-        elif isinstance(unit.item, ExpertItem):
-            for part in unit.item.projections.values():
-                error += self._write_linear(part, self.job.scheme, writer)
-        elif unit.item.scheme is not None:
-            error += self._write_linear(unit.item.source, unit.item.scheme, writer)
+        elif unit.scheme is not None:
+            return self._write_linear(unit.source, unit.scheme, writer)
         else:
-            self._write_kept(unit.item.source, unit.tensors[0].dtype, writer)
-        return error
+            self._write_kept(unit.source, unit.tensors[0].dtype, writer)
+        return SquaredError()
 
     def _write_linear(
         self, part: TensorSlice, scheme: QuantScheme, writer: ShardWriter
@@ -395,7 +416,7 @@ class _Conversion:
             source=self.job.source.fingerprint,
             layout=self.plan.layout,
             dense_scheme=self.job.dense_scheme,
-            squared_errors={kind: (e.error, e.total) for kind, e in self.errors.items()},
+            squared_errors={kind: (e.error, e.total) for kind, e in self.sums.items()},
             files=files,
             experts={layer: tuple(table) for layer, table in self.plan.experts.items()},
         )
@@ -428,7 +449,7 @@ def _index(plan: OutputPlan) -> dict[str, Any]:
 
 def _check_is_ours(partial: Path) -> None:
     """Raise QuantError when a directory of the user's bears the name of ours."""
-    names = {file.name for file in partial.iterdir()}
+    names = {file.name for file in partial.iterdir()} - {SOURCE_DIRECTORY}
     if names and _JOURNAL_FILE not in names:
         raise QuantError(
             f"`{partial}` exists and is not an unfinished conversion",

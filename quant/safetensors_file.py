@@ -38,7 +38,7 @@ DTYPES = {
     "F64": torch.float64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LENGTH_NBYTES = 8
+LENGTH_NBYTES = 8
 _MAX_HEADER_NBYTES = 100_000_000
 _MAX_ELEMENTS = 2**63 - 1
 DATA_ALIGNMENT = 4096
@@ -70,11 +70,11 @@ class SafetensorsFile:
         try:
             with path.open("rb") as file:
                 nbytes = os.fstat(file.fileno()).st_size
-                header = _read_header(path, file.read(_LENGTH_NBYTES), nbytes, file)
+                prefix = file.read(LENGTH_NBYTES)
+                header = file.read(header_nbytes(path, prefix, nbytes))
         except OSError as error:
             raise QuantError(f"cannot read `{path}`: {error.strerror}") from error
-        entries = _parse(path, header, nbytes - _LENGTH_NBYTES - len(header))
-        return cls(path, nbytes, header, entries)
+        return cls(path, nbytes, header, parse_header(path, header, nbytes))
 
     def read(self, name: str) -> Tensor:
         """One tensor, in fresh memory."""
@@ -93,6 +93,15 @@ class SafetensorsFile:
     def read_slice(self, name: str, index: int) -> Tensor:
         """tensor[index] along the first dimension; only these bytes are read."""
         return self.read_rows(name, index, index + 1)[0]
+
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the file, whatever they mean."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise QuantError(f"cannot read `{self.path}`: {error.strerror}") from error
 
     def _read_bytes(
         self, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
@@ -149,14 +158,14 @@ def build_header(
         }
         end += nbytes
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    begin = -(-(_LENGTH_NBYTES + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
-    length = begin - _LENGTH_NBYTES
+    begin = -(-(LENGTH_NBYTES + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+    length = begin - LENGTH_NBYTES
     assert length <= _MAX_HEADER_NBYTES, f"a header of {length} bytes is too long"
     entries = {
         name: TensorEntry(e.dtype, e.shape, begin + e.offset, e.nbytes)
         for name, e in relative.items()
     }
-    return length.to_bytes(_LENGTH_NBYTES, "little") + text.ljust(length), entries
+    return length.to_bytes(LENGTH_NBYTES, "little") + text.ljust(length), entries
 
 
 def _fill(descriptor: int, view: memoryview, offset: int) -> bool:
@@ -170,22 +179,22 @@ def _fill(descriptor: int, view: memoryview, offset: int) -> bool:
     return True
 
 
-def _read_header(path: Path, prefix: bytes, nbytes: int, file: Any) -> bytes:
-    if len(prefix) < _LENGTH_NBYTES:
+def header_nbytes(path: Path, prefix: bytes, nbytes: int) -> int:
+    """Length of the JSON text of a file of `nbytes` bytes that begins with `prefix`, 8 bytes."""
+    if len(prefix) < LENGTH_NBYTES:
         raise QuantError(f"`{path}` is too short for a safetensors file", _DAMAGED)
     length = int.from_bytes(prefix, "little")
-    if length > _MAX_HEADER_NBYTES or _LENGTH_NBYTES + length > nbytes:
+    if length > _MAX_HEADER_NBYTES or LENGTH_NBYTES + length > nbytes:
         raise QuantError(
             f"`{path}` claims a header of {length} bytes, the file has {nbytes}", _DAMAGED
         )
-    header: bytes = file.read(length)
-    if len(header) < length:
-        raise QuantError(f"`{path}` ends inside its header", _DAMAGED)
-    return header
+    return length
 
 
-def _parse(path: Path, header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
-    begin = _LENGTH_NBYTES + len(header)
+def parse_header(path: Path, header: bytes, nbytes: int) -> dict[str, TensorEntry]:
+    """Where tensors lie in a file of `nbytes` bytes; raises QuantError where they cannot."""
+    data_nbytes = nbytes - LENGTH_NBYTES - len(header)
+    begin = LENGTH_NBYTES + len(header)
     try:
         fields = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
         if not isinstance(fields, dict):

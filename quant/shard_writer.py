@@ -1,4 +1,4 @@
-"""Knows how to write a file from front to back with a running checksum, and to take it up again."""
+"""Knows how to write runs of bytes of a file at their places, in any order, and to check them."""
 
 import errno
 import hashlib
@@ -31,51 +31,42 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class ShardWriter:
-    """Appends to a file; `digest` is the SHA-256 of all bytes up to `position`."""
+    """A file of `nbytes` bytes in the end; until then it has holes, which take no room."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
-        self.position = 0
         self._hash = hashlib.sha256()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if os.fstat(self._descriptor).st_size > nbytes:
+            os.ftruncate(self._descriptor, nbytes)
 
-    @property
-    def digest(self) -> str:
-        return self._hash.copy().hexdigest()
-
-    def resume(self, marks: list[tuple[int, str]]) -> int:
-        """Keep what agrees with the (end, digest) marks of earlier work; the rest is cut off.
-
-        Returns how many marks hold.
-        """
-        held = 0
-        for end, digest in marks:
-            ahead = self._hash.copy()
-            if not self._hash_range(ahead, self.position, end) or ahead.hexdigest() != digest:
-                break
-            self._hash, self.position = ahead, end
-            held += 1
-        os.ftruncate(self._descriptor, self.position)
-        os.lseek(self._descriptor, self.position, os.SEEK_SET)
-        return held
+    def begin(self, offset: int) -> None:
+        """What is written next goes to `offset` and on."""
+        self._hash = hashlib.sha256()
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
 
     def write(self, data: bytes | memoryview) -> None:
         write_fully(self._descriptor, data)
         self._hash.update(data)
-        self.position += len(data)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what was written since `begin`."""
+        return self._hash.hexdigest()
+
+    def digest_of(self, start: int, end: int) -> str:
+        """SHA-256 of what is in the file; of less where the file is shorter."""
+        digest = hashlib.sha256()
+        while start < end:
+            block = os.pread(self._descriptor, min(_HASH_NBYTES, end - start), start)
+            if not block:
+                break
+            digest.update(block)
+            start += len(block)
+        return digest.hexdigest()
 
     def sync(self) -> None:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-    def _hash_range(self, digest: "hashlib._Hash", start: int, end: int) -> bool:
-        """Hash bytes that are in the file; False when it is shorter."""
-        while start < end:
-            block = os.pread(self._descriptor, min(_HASH_NBYTES, end - start), start)
-            if not block:
-                return False
-            digest.update(block)
-            start += len(block)
-        return True

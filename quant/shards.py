@@ -1,20 +1,30 @@
 """Knows which files a conversion writes and what lies where in them, from shapes alone.
 
 A file is a header and then units, one after the other; a unit is what is written, checked and
-resumed as a whole: an expert, a dense tensor, or bytes known beforehand. Experts come first, each
-on a multiple of 4096 bytes. safetensors allows no gaps, so a uint8 tensor fills each hole.
+resumed as a whole: one projection of an expert, a dense tensor, or bytes known beforehand. It
+comes from one tensor of the source, and so from one file. Experts come first, each on a multiple
+of 4096 bytes. safetensors allows no gaps, so a uint8 tensor fills each hole.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from quant.checkpoint import SINGLE_FILE, Checkpoint
 from quant.errors import QuantError
-from quant.items import DenseItem, ExpertItem, matrix_shape, shape_of, stored_nbytes
+from quant.items import (
+    DenseItem,
+    ExpertItem,
+    TensorSlice,
+    matrix_shape,
+    shape_of,
+    stored_nbytes,
+)
 from quant.layout import SLOT_ALIGNMENT, ExpertLayout
 from quant.safetensors_file import TensorEntry, build_header
 from quant.scheme import QuantScheme
@@ -37,24 +47,32 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of bytes: the tensors of an item, or `constant`."""
+    """A run of bytes: tensors made of a slice of the source, or `constant`."""
 
-    item: ExpertItem | DenseItem | None
     tensors: tuple[OutputTensor, ...]
     constant: bytes = b""
+    source: TensorSlice | None = None
+    scheme: QuantScheme | None = None  # None: a source is kept as it is
+    label: str = ""  # for people
+    expert: tuple[int, int] | None = None  # layer and expert, of its first projection
+    of_expert: bool = False
     source_nbytes: int = 0
     num_weights: int = 0
-    linears: tuple[tuple[str, tuple[int, int]], ...] = ()  # quantized ones: name, [O, I]
+    linear: tuple[str, tuple[int, int]] | None = None  # of a quantized one: name, [O, I]
 
     @property
     def nbytes(self) -> int:
         return len(self.constant) or sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def label(self) -> str:
-        if isinstance(self.item, ExpertItem):
-            return self.item.prefix
-        return self.item.name if self.item else "header"
+
+@dataclass(frozen=True)
+class PlacedUnit:
+    """A unit and where it goes: which file, its number there, the offset in bytes."""
+
+    shard: int
+    number: int
+    offset: int
+    unit: Unit
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,32 @@ class OutputPlan:
     def units(self) -> list[Unit]:
         return [unit for shard in self.shards for unit in shard.units]
 
+    @property
+    def bpw_experts(self) -> float:
+        """Stored bits a weight, scales included."""
+        return self.layout.nbytes * 8 / self.layout.num_weights
+
+    @property
+    def bpw(self) -> float:
+        """The same of all weights, those kept in 16 bits included."""
+        units = self.units
+        nbytes = sum(t.nbytes for u in units for t in u.tensors if u.source is not None)
+        return nbytes * 8 / sum(unit.num_weights for unit in units)
+
+    @property
+    def source_nbytes(self) -> int:
+        return sum(unit.source_nbytes for unit in self.units)
+
+    @cached_property
+    def placed(self) -> list[PlacedUnit]:
+        """All units in the order of their bytes."""
+        placed = []
+        for number, shard in enumerate(self.shards):
+            ends = accumulate((unit.nbytes for unit in shard.units), initial=0)
+            for place, (offset, unit) in enumerate(zip(ends, shard.units, strict=False)):
+                placed.append(PlacedUnit(number, place, offset, unit))
+        return placed
+
 
 def plan_output(
     source: Checkpoint,
@@ -97,11 +141,11 @@ def plan_output(
     """Raises QuantError, naming the tensor, where a source tensor is missing or does not fit."""
     assert experts, "a model without experts is not converted"
     layout = _layout(source, experts[0], scheme)
-    units = [_expert_unit(source, item, layout) for item in experts]
+    runs = [_expert_units(source, item, layout) for item in experts]
     # Whole words before halves: then hardly any filler is needed for alignment.
     ordered = sorted(dense, key=lambda item: item.scheme is None)
-    units += [_dense_unit(source, item) for item in ordered]
-    groups = _split(units, shard_nbytes)
+    runs += [[_dense_unit(source, item)] for item in ordered]
+    groups = _split(runs, shard_nbytes)
     names = (
         [SINGLE_FILE]
         if len(groups) == 1
@@ -124,8 +168,25 @@ def _layout(source: Checkpoint, item: ExpertItem, scheme: QuantScheme) -> Expert
     return ExpertLayout(hidden, intermediate, scheme)
 
 
-def _expert_unit(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> Unit:
-    source_nbytes = 0
+def reading_order(source: Checkpoint, plan: OutputPlan) -> list[PlacedUnit]:
+    """The units in the order in which a source is best read: file by file, front to back.
+
+    What comes from no file is first.
+    """
+
+    def key(placed: PlacedUnit) -> tuple[str, int, int, int]:
+        part = placed.unit.source
+        if part is None:
+            return "", 0, 0, 0
+        info = source.info(part.name)
+        start = part.rows[0] if part.rows else 0
+        return info.file.name, info.offset, part.index or 0, start
+
+    return sorted(plan.placed, key=key)
+
+
+def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> list[Unit]:
+    units: list[Unit] = []
     for projection, part in item.projections.items():
         shape, expected = matrix_shape(source, part), layout.projections[projection]
         if shape != expected:
@@ -134,29 +195,46 @@ def _expert_unit(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> 
                 f"where {list(expected)} is needed",
                 "the checkpoint and its config do not belong together; download both again",
             )
-        source_nbytes += stored_nbytes(source, part)
-    tensors = tuple(
-        OutputTensor(f"{item.prefix}.{part.name}", part.dtype, part.shape) for part in layout.parts
-    )
-    linears = tuple((f"{item.prefix}.{n}", shape) for n, shape in layout.projections.items())
-    return Unit(item, tensors, b"", source_nbytes, layout.num_weights, linears)
+        name = f"{item.prefix}.{projection}"
+        unit = Unit(
+            _quantized(name, shape, layout.scheme),
+            source=part,
+            scheme=layout.scheme,
+            label=item.prefix,
+            expert=None if units else (item.layer, item.expert),
+            of_expert=True,
+            source_nbytes=stored_nbytes(source, part),
+            num_weights=math.prod(shape),
+            linear=(name, shape),
+        )
+        units.append(unit)
+    return units
 
 
 def _dense_unit(source: Checkpoint, item: DenseItem) -> Unit:
     info, shape = source.info(item.source.name), shape_of(source, item.source)
-    count = math.prod(shape)
-    source_nbytes = stored_nbytes(source, item.source)
+    unit = Unit(
+        (OutputTensor(item.name, kept_dtype(info.dtype), shape),),
+        source=item.source,
+        label=item.name,
+        source_nbytes=stored_nbytes(source, item.source),
+        num_weights=math.prod(shape),
+    )
     if item.scheme is None:
-        kept = OutputTensor(item.name, kept_dtype(info.dtype), shape)
-        return Unit(item, (kept,), b"", source_nbytes, count)
+        return unit
     matrix = matrix_shape(source, item.source)
     item.scheme.check_shape(item.source.name, *matrix)
-    packed, scale = item.scheme.packed_shape(*matrix), item.scheme.scale_shape(*matrix)
-    tensors = (
-        OutputTensor(f"{item.name}.weight_packed", torch.int32, packed),
-        OutputTensor(f"{item.name}.weight_scale", torch.bfloat16, scale),
+    tensors = _quantized(item.name, matrix, item.scheme)
+    return replace(unit, tensors=tensors, scheme=item.scheme, linear=(item.name, matrix))
+
+
+def _quantized(
+    name: str, shape: tuple[int, int], scheme: QuantScheme
+) -> tuple[OutputTensor, OutputTensor]:
+    return (
+        OutputTensor(f"{name}.weight_packed", torch.int32, scheme.packed_shape(*shape)),
+        OutputTensor(f"{name}.weight_scale", torch.bfloat16, scheme.scale_shape(*shape)),
     )
-    return Unit(item, tensors, b"", source_nbytes, count, ((item.name, matrix),))
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -164,16 +242,16 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype in (torch.float32, torch.float64) else dtype
 
 
-def _split(units: Sequence[Unit], shard_nbytes: int) -> list[list[Unit]]:
-    """In order, as many units a file as stay within `shard_nbytes`, at least one."""
+def _split(runs: Sequence[Sequence[Unit]], shard_nbytes: int) -> list[list[Unit]]:
+    """In order, as many runs a file as stay within `shard_nbytes`, at least one."""
     groups: list[list[Unit]] = [[]]
     size = 0
-    for unit in units:
-        nbytes = unit.nbytes + SLOT_ALIGNMENT  # whatever filler and shapes will need
+    for run in runs:
+        nbytes = sum(unit.nbytes for unit in run) + SLOT_ALIGNMENT  # what filler and shapes need
         if groups[-1] and size + nbytes > shard_nbytes:
             groups.append([])
             size = 0
-        groups[-1].append(unit)
+        groups[-1] += run
         size += nbytes
     return groups
 
@@ -191,7 +269,7 @@ class _Fillers:
             return []
         name = _FILLER_NAME.format(self.count)
         self.count += 1
-        return [Unit(None, (OutputTensor(name, torch.uint8, (nbytes,)),), bytes(nbytes))]
+        return [Unit((OutputTensor(name, torch.uint8, (nbytes,)),), bytes(nbytes))]
 
 
 def _build_shard(name: str, group: Sequence[Unit], fillers: _Fillers) -> Shard:
@@ -205,39 +283,39 @@ def _build_shard(name: str, group: Sequence[Unit], fillers: _Fillers) -> Shard:
             offset += each.nbytes
 
     for unit in group:
-        if isinstance(unit.item, ExpertItem):
-            add(unit, SLOT_ALIGNMENT)
+        if unit.of_expert:
+            add(unit, SLOT_ALIGNMENT if unit.expert else 1)
     shapes = _shapes_unit(group)
     if shapes is not None:
         add(shapes, torch.int64.itemsize)
     for unit in group:
-        if isinstance(unit.item, DenseItem):
+        if not unit.of_expert:
             add(unit, unit.tensors[0].dtype.itemsize)
     header, entries = build_header(
         (tensor.name, tensor.dtype, tensor.shape) for unit in units for tensor in unit.tensors
     )
-    return Shard(name, (Unit(None, (), header), *units), entries)
+    return Shard(name, (Unit((), header), *units), entries)
 
 
 def _shapes_unit(group: Sequence[Unit]) -> Unit | None:
     """The weight_shape of every quantized Linear of a file: readers of the format need them."""
-    linears = [linear for unit in group for linear in unit.linears]
+    linears = [unit.linear for unit in group if unit.linear is not None]
     if not linears:
         return None
     tensors = [OutputTensor(f"{name}.weight_shape", torch.int64, (2,)) for name, _ in linears]
     sizes = [size for _, shape in linears for size in shape]
-    return Unit(None, tuple(tensors), b"".join(size.to_bytes(8, "little") for size in sizes))
+    return Unit(tuple(tensors), b"".join(size.to_bytes(8, "little") for size in sizes))
 
 
 def _expert_table(shards: Sequence[Shard]) -> dict[int, list[tuple[str, int]]]:
     found: dict[int, dict[int, tuple[str, int]]] = defaultdict(dict)
     for shard in shards:
         for unit in shard.units:
-            if isinstance(unit.item, ExpertItem):
-                item, offset = unit.item, shard.entries[unit.tensors[0].name].offset
-                assert offset % SLOT_ALIGNMENT == 0, f"`{item.prefix}` begins at {offset}"
-                assert item.expert not in found[item.layer], f"`{item.prefix}` is written twice"
-                found[item.layer][item.expert] = (shard.name, offset)
+            if unit.expert is not None:
+                (layer, expert), offset = unit.expert, shard.entries[unit.tensors[0].name].offset
+                assert offset % SLOT_ALIGNMENT == 0, f"`{unit.label}` begins at {offset}"
+                assert expert not in found[layer], f"`{unit.label}` is written twice"
+                found[layer][expert] = (shard.name, offset)
     for layer, table in found.items():
         assert set(table) == set(range(len(table))), f"layer {layer} lacks experts"
     return {

@@ -50,5 +50,5 @@ def _quantize_demo(out: Path) -> None:
             out,
             store.DEFAULT_SCHEME,
             store.DEFAULT_DENSE_SCHEME,
-            progress,
+            progress.update,
         )

@@ -28,9 +28,7 @@ def pull(
     ] = None,
     model_flag: options.ModelOption = None,
     revision: options.Revision = None,
-    dry_run: Annotated[
-        bool, options.option("--dry-run", help="Say what would come, and how much.")
-    ] = False,
+    dry_run: options.DryRun = False,
     quiet: Annotated[bool, options.option("--quiet", help="Print the path, say nothing.")] = False,
 ) -> None:
     name = options.require_model(ctx, model, model_flag)

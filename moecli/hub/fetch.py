@@ -11,6 +11,7 @@ from moecli.errors import MoecliError
 from moecli.hub.client import Caller, RemoteFile, Repository, read_range
 
 Progress = Callable[[RemoteFile, int], None]  # bytes of the file that are here
+PARTIAL_SUFFIX = ".moecli-incomplete"
 _HASH_NBYTES = 1 << 20
 _SHA256_DIGITS = 64
 _TRIES = 2  # of a file whose checksum is wrong
@@ -18,7 +19,7 @@ _TRIES = 2  # of a file whose checksum is wrong
 
 def partial_path(target: Path) -> Path:
     """Where a file grows until it is whole."""
-    return target.with_name(f"{target.name}.moecli-incomplete")
+    return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
 def fetch(

@@ -82,15 +82,32 @@ def plan_pull(repo_id: str, revision: str | None, caller: Caller) -> Pull:
     Raises MoecliError where the repository is not to be had or holds no model in safetensors.
     """
     repository = describe(repo_id, revision, caller)
-    index = head_snapshot(repository, caller) / INDEX
-    weights = weight_files(repo_id, _read_json(index) if index.is_file() else None)
+    snapshot = _snapshot_with(repository, head_files(repository.files), caller)
+    weights = weights_of(repository, snapshot)
     return _pull_of(repository, [*small_files(repository.files), *weights])
 
 
-def head_snapshot(repository: Repository, caller: Caller) -> Path:
-    """The snapshot with config.json and index in it, downloaded where they are missing."""
+def weights_of(repository: Repository, snapshot: Path) -> list[str]:
+    """The files with weights, by the index in the snapshot; all are in the repository."""
+    index = snapshot / INDEX
+    names = weight_files(repository.repo_id, _read_json(index) if index.is_file() else None)
+    for name in names:
+        if name not in repository.files:
+            raise MoecliError(
+                f"`{repository.repo_id}` lacks `{name}`, which its index names",
+                "the repository is incomplete; take another revision",
+            )
+    return names
+
+
+def small_snapshot(repository: Repository, caller: Caller) -> Path:
+    """The snapshot with all that is no weights in it, downloaded where it is missing."""
+    return _snapshot_with(repository, small_files(repository.files), caller)
+
+
+def _snapshot_with(repository: Repository, names: Sequence[str], caller: Caller) -> Path:
     check_names(repository.repo_id, repository.files)
-    download(_pull_of(repository, head_files(repository.files)), _silent, caller)
+    download(_pull_of(repository, names), _silent, caller)
     cached = CachedRepository.of(repository.repo_id)
     if cached.snapshot_of(repository.revision) is None:  # else it may be of an older, whole one
         cached.remember(repository)
@@ -175,12 +192,6 @@ def download(wanted: Pull, progress: Progress, caller: Caller) -> None:
 
 def _pull_of(repository: Repository, names: Sequence[str]) -> Pull:
     cached = CachedRepository.of(repository.repo_id)
-    absent = [name for name in names if name not in repository.files]
-    if absent:
-        raise MoecliError(
-            f"`{repository.repo_id}` lacks `{absent[0]}`, which its index names",
-            "the repository is incomplete; take another revision",
-        )
     files = tuple(repository.files[name] for name in names)
     missing = tuple(file for file in files if not cached.has(repository, file))
     return Pull(repository, files, missing, sum(_missing_nbytes(cached, f) for f in missing))

@@ -39,6 +39,7 @@ class Fault:
     after: int | None = None
     action: str = "reset"
     method: str | None = "GET"
+    range: str | None = None  # only of requests for exactly this range
 
 
 @dataclass(frozen=True)
@@ -125,20 +126,27 @@ class StandInHub:
             self._descriptions[key] = repo.description(name)
         return self._descriptions[key]
 
-    def take_fault(self, method: str, path: str) -> Fault | None:
+    def take_fault(self, asked: Asked) -> Fault | None:
         with self._lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.match in path and fault.method in (None, method):
+                fits = fault.match in asked.path and fault.method in (None, asked.method)
+                if fault.times > 0 and fits and fault.range in (None, asked.range):
                     fault.times -= 1
                     return fault
         return None
 
     def _start(self, name: str) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"hub": self, "name": name})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
+        server = _QuietServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return server
+
+
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients are killed here; that is no news."""
 
 
 @contextmanager
@@ -174,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         asked = Asked(self.name, self.command, self.path, self.headers.get("Range"), token)
         self.hub.asked.append(asked)
-        self.fault = self.hub.take_fault(self.command, self.path)
+        self.fault = self.hub.take_fault(asked)
         try:
             if self.fault is not None and self.fault.status is not None:
                 raise _Refused(self.fault.status, None, "injected")

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.checkpoint import Checkpoint
-from quant.convert import ConversionJob, quantization_config
+from quant.convert import ConversionJob
 from quant.items import DenseItem, ExpertItem, TensorSlice
+from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
 
 HIDDEN, INTERMEDIATE, VOCAB = 64, 96, 40

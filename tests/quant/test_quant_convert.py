@@ -170,7 +170,7 @@ def test_progress_and_result(tmp_path: Path) -> None:
     total = sum(weight.nbytes for weight in weights.values())
     assert result.source_nbytes == seen[-1].done_nbytes == seen[0].total_nbytes == total
     assert [p.done_nbytes for p in seen] == sorted(p.done_nbytes for p in seen)
-    assert len(seen) == 8 + 8
+    assert len(seen) == 3 * 8 + 8
     assert {p.item for p in seen} >= {"layers.1.experts.3", "layers.0.q_proj", "norm.weight"}
     assert seen[-1].eta_s == 0
     assert all(p.eta_s is not None and p.eta_s > 0 for p in seen[:-1])

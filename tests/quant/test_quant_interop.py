@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
-from quant.convert import ConversionJob, convert, quantization_config
+from quant.convert import ConversionJob, convert
 from quant.items import DenseItem, ExpertItem, TensorSlice
+from quant.pack_quantized import quantization_config
 from quant.quantize import dequantize
 from quant.safetensors_file import SafetensorsFile
 from quant.scheme import QuantScheme

@@ -222,7 +222,7 @@ def test_a_damaged_journal_is_believed_up_to_the_damage(
     if damage == "half a line":
         lines[-1] = lines[-1][:30]
     elif damage == "a wrong checksum":
-        lines[5] = lines[5].replace(b'"unit":4', b'"unit":5')
+        lines[5] = lines[5].replace(b'"unit":', b'"unix":')
     else:
         lines = []
     journal.write_bytes(b"".join(lines))

@@ -1,0 +1,76 @@
+"""Knows what a conversion will take before it begins: sizes from shapes, times from short tries."""
+
+import shutil
+import time
+from dataclasses import dataclass
+
+import torch
+
+from quant.convert import ConversionJob, plan_of
+from quant.quantize import quantize_measured
+
+_SAMPLE_SHAPE = (1024, 4096)
+_WEIGHT_NBYTES = 2  # of a source in bf16
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Sizes in bytes, times in seconds, rates in bytes a second of the source in 16 bits."""
+
+    out: str
+    source_nbytes: int
+    download_nbytes: int
+    out_nbytes: int
+    peak_disk_nbytes: int
+    free_disk_nbytes: int
+    bpw_experts: float
+    bpw: float
+    quantize_rate: float
+    network_rate: float | None  # None where nothing is to be downloaded
+    seconds: float
+
+    @property
+    def bottleneck(self) -> str:
+        if self.network_rate is None:
+            return "quantizing"
+        download_s = self.download_nbytes / self.network_rate
+        return (
+            "the network" if download_s > self.source_nbytes / self.quantize_rate else "quantizing"
+        )
+
+
+def preview(job: ConversionJob, stated_rate: float | None) -> Preview:
+    """What `convert(job)` will do from its beginning. The network is measured where no rate is
+    stated; download and quantization go on at the same time, so the slower one counts.
+    """
+    plan, supply = plan_of(job), job.supply
+    download, room = supply.download_nbytes(), supply.room_nbytes()
+    rate = None
+    if download:
+        rate = supply.measure_rate() if stated_rate is None else stated_rate
+    quantize_rate = _quantize_rate(job)
+    existing = job.out.parent
+    while not existing.exists():
+        existing = existing.parent
+    return Preview(
+        out=str(job.out),
+        source_nbytes=plan.source_nbytes,
+        download_nbytes=download,
+        out_nbytes=plan.nbytes,
+        peak_disk_nbytes=plan.nbytes + room,
+        free_disk_nbytes=shutil.disk_usage(existing).free,
+        bpw_experts=plan.bpw_experts,
+        bpw=plan.bpw,
+        quantize_rate=quantize_rate,
+        network_rate=rate,
+        seconds=max(plan.source_nbytes / quantize_rate, download / rate if rate else 0.0),
+    )
+
+
+def _quantize_rate(job: ConversionJob) -> float:
+    """Of the experts, which are nearly all; measured on random weights."""
+    weights = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantize_measured(weights[:64], job.scheme)
+    started = time.perf_counter()
+    quantize_measured(weights, job.scheme)
+    return weights.numel() * _WEIGHT_NBYTES / (time.perf_counter() - started)
