@@ -60,7 +60,7 @@ def measure(model: Path, share: float, guesses: int, asked: list[str]) -> Row:
     tokens = 0
     with Engine.open(model, EngineConfig(ctx=CTX, ram_nbytes=budget)) as engine:
         for layer, following in pairwise(engine.decoder.layers):
-            layer.lookahead = Lookahead(following, guesses) if guesses else None
+            layer.lookahead = Lookahead(following, guesses, range(1, CTX + 1)) if guesses else None
         for question in asked:
             session = engine.new_session()
             prompt = engine.encode_chat([{"role": "user", "content": question}])

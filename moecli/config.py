@@ -9,6 +9,7 @@ DEVICES = ("auto", "cpu", "cuda", SIMULATED)
 PLACEMENTS = ("auto", "lru", "slice", "pinned")
 LANES = ("auto", "link", "cpu", "both")
 KERNELS = ("auto", "reference", "torch", "triton")
+KV_DTYPES = ("auto", "bf16", "int8")
 RUN_SCHEMES = ("stored", "nf4", "llm-int8")  # of the dense weights while they are run
 
 
@@ -23,6 +24,7 @@ class EngineConfig:
     placement: str = "auto"  # of experts in VRAM; see offload.plan
     lane: str = "auto"  # how experts that VRAM lacks are served: link, cpu, both
     dense_scheme: str = "stored"  # stored: as in the checkpoint; else converted when opened
+    kv_dtype: str = "auto"  # of keys and values; auto: bf16
     threads: int | None = None  # None: one a physical core
     prefill_chunk: int = 512  # prompt tokens that go through the model at once
     keep_experts: bool = True  # False: every expert is read from disk each time it is chosen
@@ -39,6 +41,7 @@ class EngineConfig:
             ("lane", LANES),
             ("kernels", KERNELS),
             ("dense_scheme", RUN_SCHEMES),
+            ("kv_dtype", KV_DTYPES),
         ):
             value = getattr(self, name)
             assert value in known, f"{name} `{value}` is none of {known}"

@@ -76,6 +76,7 @@ class Engine:
         weights = dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense)
         self._parts: Parts
         if device is None:
+            kv_dtype = torch.int8 if config.kv_dtype == "int8" else KV_DTYPE
             use_kernels(config.kernels, torch.device("cpu"))
             known = with_compute(
                 detect(self.path), checkpoint.layout, self.spec.experts_per_token, measure=False
@@ -87,7 +88,7 @@ class Engine:
                 self.plan,
                 weights,
                 _disk(checkpoint, self.spec, self.plan),
-                lambda: KvCache(self.spec, self.ctx, KV_DTYPE),
+                lambda: KvCache(self.spec, self.ctx, kv_dtype),
                 self._favourites.usage,
                 config.keep_experts,
                 trace,

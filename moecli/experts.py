@@ -1,23 +1,31 @@
-"""Knows how routed experts are computed where they lie: joins quant's ops and offload's manager."""
+"""Knows how routed experts are computed where they lie: joins quant's ops and offload's manager.
+
+Legend: T tokens, k choices a token, n choices of one group of experts, H hidden size, E experts a
+layer.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moecli.expert_math import address_table
 from moecli.models.config import ModelSpec
-from moecli.models.provider import Ready
 from offload.manager import ExpertManager
+from offload.stream import Stream
 from offload.usage import ExpertUsage
 from quant import ops
 from quant.layout import ExpertLayout
 
 _AHEAD_SLOTS = 4  # slots that a token's choice must have for reading ahead to pay
+_WHOLE_TOKENS = 8  # for so many, picking out a group's choices costs more than it saves
 
 
 class OffloadedExperts:
-    """An ExpertProvider over an ExpertManager: ensure, compute, release, in as many waves as fit.
+    """An ExpertProvider over an ExpertManager: send for a layer's experts, compute what comes.
 
-    Legend: T tokens, k choices a token, H hidden size, E experts a layer.
+    Each (token, choice) is computed once, with the group that its expert came in, so the sum over
+    choices does not depend on what was resident.
     """
 
     def __init__(
@@ -27,35 +35,133 @@ class OffloadedExperts:
         self._manager = manager
         self._usage = usage
         self._layout = layout
-        self._num_experts = spec.num_experts
-        self._weight_on_input = spec.weight_on_input
+        self._spec = spec
+        self._stream: Stream | None = None  # the newest
+        self._guess: tuple[int, list[int]] | None = None  # a layer and its experts
         total = len(spec.moe_layers) * spec.num_experts
         # With fewer slots a guess is evicted before it is asked for: on the demo model 84% of
         # what 2 slots read ahead was wasted, 26% of what 12 did.
         worthwhile = range(_AHEAD_SLOTS * spec.experts_per_token, total)
         self.reads_ahead = manager.keep and manager.capacity in worthwhile
 
-    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
-        """[T, H] from hidden [T, H], topk_ids [T, k], topk_weights [T, k]; computed at once.
+    def begin(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> "PendingExperts":
+        """[T, H] from hidden [T, H], topk_ids [T, k], topk_weights [T, k]; its bytes are sent for.
 
-        Each (token, choice) is computed in exactly one wave and is zero in the others, so the sum
-        over waves is exact and the result does not depend on what was resident.
+        What was guessed of the next layer is sent for where this layer leaves slots.
         """
-        total = torch.zeros(*topk_ids.shape, hidden.shape[-1], dtype=torch.float32)  # [T, k, H]
+        self.cancel()
+        if self._guess is not None and self._guess[0] == layer:
+            self._guess = None  # what it chose is known now
         wanted = sorted(set(topk_ids.flatten().tolist()))
         self._usage.add(layer, wanted)
-        for wave in self._manager.waves(layer, wanted):
-            with self._manager.ensure(layer, wave) as lease:
-                total += ops.routed_experts(
-                    hidden,
-                    topk_ids,
-                    topk_weights,
-                    address_table(lease.addresses, self._num_experts),
-                    self._layout,
-                    weight_on_input=self._weight_on_input,
-                )
-        return Ready(total.sum(dim=1).to(hidden.dtype))  # [T, H]
+        self._stream = self._manager.stream(layer, wanted)
+        choices = Choices(hidden, topk_ids, topk_weights, self._layout, self._spec)
+        return PendingExperts(self._stream, len(wanted), choices, self._send_guess_beside)
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
-        """Start reading what `layer` will probably choose, [T, k]; returns at once."""
-        self._manager.prefetch(layer, sorted(set(topk_ids.flatten().tolist())))
+        """What `layer` will probably choose, [T, k]; the likeliest, as many as can be kept."""
+        experts, counts = topk_ids.unique(return_counts=True)
+        likeliest = experts[counts.argsort(descending=True, stable=True)]
+        most = self._manager.capacity // 2
+        self._guess = layer, likeliest[:most].tolist()
+        if not self._spec.layers[layer - 1].moe:
+            self._send_guess(most)  # nothing else is under way
+
+    def _send_guess_beside(self, stream: Stream) -> None:
+        """Send for as much of it as this layer leaves slots for."""
+        if self._guess is not None:
+            self._send_guess(stream.room)
+
+    def _send_guess(self, room: int) -> None:
+        if self._guess is not None and room:
+            layer, experts = self._guess
+            self._manager.prefetch(layer, experts[:room])
+            self._guess = (layer, experts[room:]) if experts[room:] else None
+
+    def cancel(self) -> None:
+        """Let go of what was begun, if nobody asked for its result."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class Choices:
+    """Which experts the tokens of one layer chose, and what those contribute."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [T, H]
+        topk_ids: Tensor,  # [T, k]
+        topk_weights: Tensor,  # [T, k]
+        layout: ExpertLayout,
+        spec: ModelSpec,
+    ) -> None:
+        self._chosen = hidden, topk_ids, topk_weights
+        self._num_experts = spec.num_experts
+        self._layout, self._weight_on_input = layout, spec.weight_on_input
+        self._total: Tensor | None = None  # [T, k, H], once there is more than one group
+
+    def compute_all(self, addresses: dict[int, int]) -> Tensor:
+        """[T, H] where every expert lies somewhere."""
+        hidden = self._chosen[0]
+        out = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
+        ops.add_routed_experts(
+            *(out, *self._chosen, address_table(addresses, self._num_experts), self._layout),
+            weight_on_input=self._weight_on_input,
+        )
+        return out.to(hidden.dtype)
+
+    def compute(self, addresses: dict[int, int]) -> None:
+        """What these experts contribute, given where they lie."""
+        hidden, ids, weights = self._chosen
+        if self._total is None:
+            self._total = torch.zeros(*ids.shape, hidden.shape[-1])  # [T, k, H]
+        table = address_table(addresses, self._num_experts)
+        here = table[ids] != 0  # [T, k]
+        if here.shape[0] <= _WHOLE_TOKENS or 2 * here.sum() > here.numel():
+            self._total += self._contributions(*self._chosen, table)
+            return
+        tokens, slots = torch.where(here)  # [n] each
+        some = hidden[tokens], ids[tokens, slots, None], weights[tokens, slots, None]  # n tokens
+        self._total[tokens, slots] = self._contributions(*some, table)[:, 0]
+
+    def sum(self) -> Tensor:
+        """[T, H] of all groups together."""
+        hidden = self._chosen[0]
+        if self._total is None:
+            return torch.zeros_like(hidden)  # no tokens
+        return self._total.sum(dim=1).to(hidden.dtype)
+
+    def _contributions(self, hidden: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+        """[tokens, choices, H]"""
+        return ops.routed_experts(
+            *(hidden, ids, weights, table, self._layout), weight_on_input=self._weight_on_input
+        )
+
+
+class PendingExperts:
+    """A Pending whose experts are on their way."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        num_wanted: int,
+        choices: Choices,
+        beside: Callable[[Stream], None],
+    ) -> None:
+        """`beside` is called whenever the layer may have come to need fewer slots."""
+        self._stream, self._num_wanted = stream, num_wanted
+        self._choices, self._beside = choices, beside
+        beside(stream)
+
+    def result(self) -> Tensor:
+        """[T, H]: computes group after group, while the next ones come."""
+        for lease in self._stream:
+            with lease:
+                self._beside(self._stream)
+                if len(lease.addresses) == self._num_wanted:
+                    return self._choices.compute_all(lease.addresses)
+                self._choices.compute(lease.addresses)
+        return self._choices.sum()

@@ -1,12 +1,12 @@
 """Knows how many bytes each part of a model takes in memory, from its spec and schemes alone."""
 
-from moecli.config import RUN_SCHEMES
+from moecli.config import KV_DTYPES, RUN_SCHEMES
 from moecli.models.config import DenseTensor, ModelSpec
 from offload.plan import ModelFootprint
 from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
 
-KV_ITEMSIZE = 2  # bf16
+_KV_ITEMSIZES = {"auto": (2, 0), "bf16": (2, 0), "int8": (1, 2)}  # of a number, and of a scale
 STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
 COMPUTE_ITEMSIZE = 4  # activations are fp32
 _BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantization
@@ -59,6 +59,20 @@ def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
 
 
+def kv_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+    """Bytes of a KV cache; `kv_dtype` is EngineConfig's."""
+    assert kv_dtype in KV_DTYPES, f"no dtype of a KV cache is called {kv_dtype}"
+    return spec.kv_nbytes(ctx, *_KV_ITEMSIZES[kv_dtype])
+
+
+def expanded_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+    """What a chunk of prompt needs besides where the KV cache is int8: one layer of it in bf16."""
+    if kv_dtype != "int8":
+        return 0
+    longest = max(spec.kv_capacity(layer, ctx) for layer in range(spec.num_layers))
+    return 2 * spec.num_kv_heads * spec.head_dim * STORED_ITEMSIZE * longest
+
+
 def device_workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     """The same where a device computes: all choices' inner activations are alive at once there."""
     inner = min(prefill_chunk, ctx) * spec.experts_per_token * spec.expert_intermediate_size
@@ -72,8 +86,12 @@ def model_footprint(
     ctx: int,
     prefill_chunk: int,
     run_scheme: str = "stored",
+    kv_dtype: str = "auto",
 ) -> ModelFootprint:
-    """The sizes that a placement is planned from; `run_scheme` is EngineConfig.dense_scheme."""
+    """The sizes that a placement is planned from.
+
+    `run_scheme` is EngineConfig.dense_scheme, `kv_dtype` its namesake there.
+    """
     layout = expert_layout(spec, scheme)
     embedding = 0
     if not spec.tie_word_embeddings:  # a tied one is read whole, as the head
@@ -82,8 +100,9 @@ def model_footprint(
     return ModelFootprint(
         dense_nbytes=dense - embedding,
         embedding_nbytes=embedding,
-        kv_nbytes=spec.kv_nbytes(ctx, KV_ITEMSIZE),
-        workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk),
+        kv_nbytes=kv_nbytes(spec, ctx, kv_dtype),
+        workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk)
+        + expanded_nbytes(spec, ctx, kv_dtype),
         num_moe_layers=len(spec.moe_layers),
         num_experts=spec.num_experts,
         experts_per_token=spec.experts_per_token,

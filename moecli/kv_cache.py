@@ -3,7 +3,7 @@
 A full layer keeps every position. A chunked layer keeps one absolute chunk in a ring, slot =
 position % chunk: the next chunk overwrites it from slot 0, so that what a token sees is always one
 contiguous run. All memory is taken at once; in main memory pages are mapped only as they are first
-written.
+written. Stored as int8, every key and value has a scale of its own.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from moecli.models.config import ModelSpec
+from moecli.models.int8_heads import SCALE_DTYPE, Int8Heads, quantize_heads
+
+KeptHeads = Tensor | Int8Heads  # keys or values as the cache stores them, [K, L, D]
 
 
 class KvCache:
@@ -39,6 +42,10 @@ class KvCache:
             torch.empty(2, heads, spec.kv_capacity(i, ctx), size, dtype=dtype, device=device)
             for i in range(spec.num_layers)
         ]
+        scaled = self._storage if dtype == torch.int8 else []
+        self._scales = [  # per layer [2, kv heads, capacity]; none unless int8
+            torch.empty(storage.shape[:-1], dtype=SCALE_DTYPE, device=device) for storage in scaled
+        ]
         self._length = 0
         self._written = 0  # end of the newest write: which chunk the rings hold
 
@@ -49,14 +56,22 @@ class KvCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(storage.nbytes for storage in self._storage)
+        return sum(part.nbytes for part in (*self._storage, *self._scales))
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """In which attention over this cache is computed."""
+        return torch.bfloat16 if self._scales else self.dtype
 
     def storage(self, layer: int) -> Tensor:
         """Keys and values of `layer` themselves, [2, kv heads, capacity, D]: slot by slot.
 
+        Not of a cache in int8, where they are nothing without their scales.
+
         A decode step on a device writes there between `begin` and `commit`, at slot `position`, or
         `position % chunk` of a chunked layer, and looks at the slots from 0 to that one.
         """
+        assert not self._scales, "numbers without their scales"
         return self._storage[layer]
 
     def is_ring(self, layer: int) -> bool:
@@ -85,15 +100,14 @@ class KvCache:
 
     def append(
         self, layer: int, start: int, keys: Tensor, values: Tensor
-    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    ) -> Iterator[tuple[int, int, KeptHeads, KeptHeads]]:
         """Store new tokens piece by piece, and give what each piece may look at.
 
         Shapes: keys and values [n, kv heads, D]. Yields (first, last, keys, values): tokens first
         to last - 1 of the new ones see keys [kv heads, L, D], of which the last ones are
         their own; the views are valid until the next step of the iteration.
         """
-        storage, count = self._storage[layer], keys.shape[0]
-        first = 0
+        count, first = keys.shape[0], 0
         while first < count:
             slot, last = start + first, count
             if self._chunked[layer]:
@@ -101,10 +115,24 @@ class KvCache:
                 slot %= self.chunk_size
                 last = min(count, first + self.chunk_size - slot)
             end = slot + last - first
-            storage[0, :, slot:end] = keys[first:last].transpose(0, 1)
-            storage[1, :, slot:end] = values[first:last].transpose(0, 1)
-            yield first, last, storage[0, :, :end], storage[1, :, :end]
+            self._store(layer, 0, slice(slot, end), keys[first:last])
+            self._store(layer, 1, slice(slot, end), values[first:last])
+            yield first, last, self._kept(layer, 0, end), self._kept(layer, 1, end)
             first = last
+
+    def _store(self, layer: int, part: int, slots: slice, heads: Tensor) -> None:
+        """Keys (part 0) or values (part 1) [n, kv heads, D] into n slots."""
+        heads = heads.transpose(0, 1)
+        if self._scales:
+            heads, self._scales[layer][part, :, slots] = quantize_heads(heads)
+        self._storage[layer][part, :, slots] = heads
+
+    def _kept(self, layer: int, part: int, end: int) -> KeptHeads:
+        """What lies in the slots up to `end`."""
+        numbers = self._storage[layer][part, :, :end]
+        if not self._scales:
+            return numbers
+        return Int8Heads(numbers, self._scales[layer][part, :, :end])
 
     def _keepable(self, length: int) -> int:
         """`length`, or the start of its chunk where the rings have moved on."""

@@ -76,6 +76,14 @@ RunScheme = Annotated[
         help="Of attention, shared experts and head while running: stored, nf4 or llm-int8.",
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    option(
+        "--kv-dtype",
+        metavar="NAME",
+        help="Of the KV cache: bf16, or int8 (half the memory; computes on the processor only).",
+    ),
+]
 Threads = Annotated[
     str | None, option("--threads", metavar="N", help="CPU threads; else one a physical core.")
 ]
@@ -125,7 +133,7 @@ SAMPLING: dict[str, Any] = {
 }
 PLAN: dict[str, Any] = {
     **{"ctx": Ctx, "ram": Ram, "vram": Vram, "device": Device, "placement": Placement},
-    **{"lane": Lane, "dense_scheme": RunScheme},
+    **{"lane": Lane, "dense_scheme": RunScheme, "kv_dtype": KvDtype},
 }
 ENGINE: dict[str, Any] = {**PLAN, "threads": Threads, "kernels": Kernels}
 

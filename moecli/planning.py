@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from moecli.config import EngineConfig
+from moecli.errors import MoecliError
 from moecli.footprint import model_footprint
 from moecli.models.config import ModelSpec
 from offload.errors import OffloadError
@@ -21,10 +22,11 @@ def plan_model(
     """The plan of a model whose experts and dense weights are stored in `schemes`.
 
     It is one for a graphics card where the settings grant VRAM, or `machine` has a card and the
-    settings allow it. Raises OffloadError when that does not fit; the hint says what would.
+    settings allow it. Raises OffloadError when that does not fit; the hint says what would; and
+    MoecliError for what a card cannot do.
     """
     try:
-        return _plan(spec, schemes, ctx, config, machine)
+        plan = _plan(spec, schemes, ctx, config, machine)
     except OffloadError as error:
         smaller = replace(config, dense_scheme="nf4")
         if config.dense_scheme != "stored" or not _fits(spec, schemes, ctx, smaller, machine):
@@ -33,6 +35,12 @@ def plan_model(
         raise OffloadError(
             error.message, hint if error.hint is None else f"{hint}; or {error.hint}"
         ) from error
+    if plan.on_device and config.kv_dtype == "int8":
+        raise MoecliError(
+            "graphics cards do not read a KV cache in int8 yet",
+            "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
+        )
+    return plan
 
 
 def _plan(
@@ -43,7 +51,8 @@ def _plan(
     machine: Machine,
 ) -> MemoryPlan:
     def footprint_at(tokens: int) -> ModelFootprint:
-        return model_footprint(spec, *schemes, tokens, config.prefill_chunk, config.dense_scheme)
+        chunk, run_scheme = config.prefill_chunk, config.dense_scheme
+        return model_footprint(spec, *schemes, tokens, chunk, run_scheme, config.kv_dtype)
 
     vram = 0 if config.device == "cpu" else config.vram_nbytes
     return plan_context(

@@ -23,7 +23,7 @@ from offload.usage import ExpertUsage
 from quant.layout import ExpertLayout
 
 COMPUTE_DTYPE = torch.float32
-KV_DTYPE = torch.bfloat16
+KV_DTYPE = torch.bfloat16  # unless int8 is asked for
 
 
 class ProcessorParts:
@@ -45,9 +45,12 @@ class ProcessorParts:
         assert plan.device_slots == 0, "a plan for a device"
         arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
         self.manager = ExpertManager(disk, arena, keep=keep, trace=trace)
-        experts = OffloadedExperts(self.manager, layout, spec, usage)
-        guesses = spec.experts_per_token if experts.reads_ahead else 0
-        self.decoder = Decoder(spec, weights, experts, COMPUTE_DTYPE, guesses=guesses)
+        self._experts = OffloadedExperts(self.manager, layout, spec, usage)
+        self.decoder = Decoder(
+            *(spec, weights, self._experts, COMPUTE_DTYPE),
+            guesses=spec.experts_per_token if self._experts.reads_ahead else 0,
+            guess_tokens=range(1, spec.max_context + 1),  # of a prompt, too: the disk is slow
+        )
         self.tokens: TokenSource = Stepwise(self.decoder, self.begin_step)
         self._new_cache = new_cache
 
@@ -73,4 +76,5 @@ class ProcessorParts:
         self.manager.check_integrity(deep)
 
     def close(self) -> None:
+        self._experts.cancel()
         self.manager.close()

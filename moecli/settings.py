@@ -14,6 +14,7 @@ from typing import Any
 from moecli.config import (
     DEVICES,
     KERNELS,
+    KV_DTYPES,
     LANES,
     PLACEMENTS,
     RUN_SCHEMES,
@@ -68,6 +69,7 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "placement": _one_of("placement", PLACEMENTS),
     "lane": _one_of("lane", LANES),
     "dense-scheme": _one_of("scheme of running dense weights", RUN_SCHEMES),
+    "kv-dtype": _one_of("dtype of a KV cache", KV_DTYPES),
     "temp": parse_float,
     "top-p": parse_float,
     "top-k": parse_int,
@@ -116,6 +118,7 @@ class Settings:
             placement=values.get("placement", builtin.placement),
             lane=values.get("lane", builtin.lane),
             dense_scheme=values.get("dense-scheme", builtin.dense_scheme),
+            kv_dtype=values.get("kv-dtype", builtin.kv_dtype),
             threads=values.get("threads"),
             kernels=values.get("kernels", builtin.kernels),
         )

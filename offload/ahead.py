@@ -9,7 +9,7 @@ from offload.table import Entry
 from offload.tiers import Tiers
 from offload.workers import Workers
 
-AHEAD_LIMIT = 64  # guesses that wait at most; the oldest go first
+AHEAD_LIMIT = 256  # guesses that wait at most; the oldest go first
 
 
 @dataclass(frozen=True)

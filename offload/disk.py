@@ -10,8 +10,12 @@ from pathlib import Path
 
 from offload.errors import OffloadError
 from offload.keys import ExpertKey, describe
+from offload.long_read import LongRead
+from offload.workers import Workers
 
 _BLOCK = 4096  # what direct reads want offsets, lengths and addresses to be multiples of
+PIECE_NBYTES = 4 << 20  # a larger expert is read in pieces, side by side
+_READERS = 3  # threads that help with pieces
 _REPLACE_HINT = "the model directory is damaged or was changed: make it again"
 
 
@@ -34,6 +38,8 @@ class _File:
 class DiskTier:
     """Every expert of a model, in files that stay open. Reads may run in several threads at once.
 
+    An expert of several pieces is read by several threads: one alone leaves a fast disk waiting.
+
     `drop_cache` leaves nothing in the system's page cache, which would hold a second copy of what
     the host arena holds: right for a model that does not fit in memory anyway. Files are then read
     past the cache, which also is faster where the disk must answer; `direct` tells whether the file
@@ -48,6 +54,7 @@ class DiskTier:
         self._spans = dict(spans)
         self._drop_cache = drop_cache
         self._files: dict[Path, _File] = {}
+        self._readers = Workers(_READERS, "moecli-reads")
         aligned = all(span.offset % _BLOCK == 0 for span in self._spans.values())
         try:
             for key, span in self._spans.items():
@@ -121,15 +128,23 @@ class DiskTier:
         with buffer[:length] as target:
             assert target.nbytes == length, f"{describe(key)} does not fit its buffer"
             assert not file.direct or _address(target) % _BLOCK == 0, "the buffer is not aligned"
-            done = 0
-            while done < span.nbytes:
-                with target[done:] as rest:  # released even if a traceback keeps this frame
-                    done += _read_some(file, rest, key, span, done)
+
+            def read(begin: int, end: int) -> None:
+                done, stop = begin, min(end, span.nbytes)
+                while done < stop:
+                    with target[done:end] as rest:  # released even if a traceback keeps this frame
+                        done += _read_some(file, rest, key, span, done)
+
+            if length <= PIECE_NBYTES:
+                read(0, length)
+            else:
+                LongRead(length, PIECE_NBYTES, read).run(self._readers)
         if self._drop_cache and not file.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.descriptor, span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
         return span.nbytes
 
     def close(self) -> None:
+        self._readers.close()
         files, self._files = self._files, {}
         for file in files.values():
             os.close(file.descriptor)

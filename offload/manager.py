@@ -17,6 +17,7 @@ from offload.lease import Lease
 from offload.policy import LruPolicy, PolicyFactory
 from offload.slots import DeviceSlots
 from offload.stats import CacheStats
+from offload.stream import Sender, Stream
 from offload.table import Entry, SlotTable
 from offload.tiers import Tiers
 from offload.trace import Trace, TraceEvent
@@ -57,7 +58,7 @@ class ExpertManager:
         self._lock = self._waiting.lock
         self._workers = Workers(num_workers, "moecli-experts")
         self._ahead = ReadAhead(self._tiers, self._workers)
-        self._helps = disk.max_nbytes >= HELP_NBYTES
+        self._helps = num_workers > 0 and disk.max_nbytes >= HELP_NBYTES
         self._step = 0
         self._closed = False
 
@@ -125,14 +126,19 @@ class ExpertManager:
         """
         with self._lock:
             lease, missing = self._acquire(self._top, layer, experts)
-            self._counts.hits += len(lease.entries) - len(missing)
-            self._counts.misses += len(missing)
-            if self.trace is not None:
-                self._record(lease, missing)
-            self._ahead.forget(layer)
+            self._note(layer, list(lease.addresses), missing)
             if not missing and (not self._top.num_loading or all(e.ready for e in lease.entries)):
                 return lease
         return self._fill(lease, missing)
+
+    def stream(self, layer: int, experts: Sequence[int]) -> Stream:
+        """Send for all these experts, however many; they come in leases of the top tier.
+
+        So they can be worked on in the order in which they come: see Stream.
+        """
+        assert not self._closed, "the manager is closed"
+        sender = Sender(self._note, self._share, self._load, self._drop, self._release)
+        return Stream(layer, experts, self._top, self._tiers, sender)
 
     def lease_host(self, layer: int, experts: Sequence[int]) -> Lease:
         """Wait until all these experts are in main memory; they stay there, at `lease.addresses`.
@@ -191,16 +197,24 @@ class ExpertManager:
                 if acquired is not None:
                     return acquired
 
-    def _record(self, lease: Lease, missing: list[Entry]) -> None:
-        assert self.trace is not None
+    def _note(self, layer: int, experts: Sequence[int], missing: list[Entry]) -> None:
+        """Count a request of the top tier, and settle what was guessed about it; under the lock."""
+        self._counts.hits += len(experts) - len(missing)
+        self._counts.misses += len(missing)
+        if self.trace is not None:
+            self._record(self.trace, layer, experts, missing)
+        self._ahead.forget(layer)
+
+    def _record(
+        self, trace: Trace, layer: int, experts: Sequence[int], missing: list[Entry]
+    ) -> None:
         nbytes = 0
         for key in [entry.key for entry in missing]:
             in_memory = self._top is not self._host and key in self._host.entries
             if not in_memory and key in self._disk:  # if not, the read that follows says so
                 nbytes += self._disk.nbytes_of(key)
-        hits = len(lease.addresses) - len(missing)
-        event = TraceEvent(self._step, lease.layer, tuple(lease.addresses), hits, nbytes)
-        self.trace.append(event)
+        hits = len(experts) - len(missing)
+        trace.append(TraceEvent(self._step, layer, tuple(experts), hits, nbytes))
 
     def _release(self, lease: Lease) -> None:
         with self._lock:
@@ -241,6 +255,23 @@ class ExpertManager:
         finally:
             with self._lock:
                 self._waiting.end_move()
+
+    # The same for a stream, whose caller has better to do than to read while something has come.
+
+    def _share(self, unread: deque[Entry]) -> None:
+        if self._helps:
+            for _ in range(min(len(unread), self._workers.num_workers)):
+                self._workers.submit(lambda: self._help(self._top, unread))
+
+    def _load(self, unread: deque[Entry]) -> None:
+        if not self._helps:
+            self._load_from(self._top, unread)
+        elif (entry := _pop(unread)) is not None:
+            self._tiers.load(self._top, entry)
+
+    def _drop(self, unread: deque[Entry]) -> None:
+        while (entry := _pop(unread)) is not None:
+            self._tiers.fail(self._top, entry, GeneratorExit())
 
     def _help(self, table: SlotTable, queue: deque[Entry]) -> None:
         """A worker's task."""

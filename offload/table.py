@@ -4,7 +4,7 @@ The live manager (under its lock) and the replay of a trace run this very class,
 simulated hit is a hit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from offload.keys import ExpertKey, describe
 from offload.policy import Policy
@@ -187,10 +187,26 @@ class SlotTable:
             self._forget_guess(entry)
             self.ahead_wasted += 1
 
-    def waves(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
-        """These experts in groups that fit the slots, residents first, ascending within each."""
+    def residents_first(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """These experts, each once: those that are here or on their way, then the others."""
         wanted = sorted(set(experts))
         wanted.sort(key=lambda expert: (layer, expert) not in self.entries)  # stable
+        return wanted
+
+    def fitting(self, layer: int, experts: Iterable[int]) -> int:
+        """How many of these distinct experts, from the first on, `acquire` could pin now."""
+        count, room = 0, self.num_reclaimable
+        for expert in experts:
+            entry = self.entries.get((layer, expert))
+            room -= entry is None or not entry.pins
+            if room < 0:
+                break
+            count += 1
+        return count
+
+    def waves(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
+        """These experts in groups that fit the slots, residents first, ascending within each."""
+        wanted = self.residents_first(layer, experts)
         return [wanted[i : i + self.capacity] for i in range(0, len(wanted), self.capacity)]
 
     def check_integrity(self) -> None:

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moecli.kv_cache import KeptHeads
 from moecli.models.batch import Batch, SequenceSlice
 from moecli.models.config import ModelSpec, RopeSpec
 from moecli.models.fused import position_heads
+from moecli.models.int8_heads import attend_one
 from quant.bnb import BnbWeight
 from quant.ops import linear
 from quant.tensor import QuantizedWeight
@@ -144,10 +146,10 @@ class BatchStep:
         Attention is computed as the cache stores keys and values: expanding a long context to fp32
         for each token would cost several times what attention itself does.
         """
-        queries = q.to(piece.cache.dtype)
+        queries = q.to(piece.cache.attention_dtype)
         appended = piece.cache.append(layer, piece.start, k, v)
         return [
-            attend(queries[first:last], keys, values).to(q.dtype)
+            attend_kept(queries[first:last], keys, values).to(q.dtype)
             for first, last, keys, values in appended
         ]
 
@@ -167,6 +169,17 @@ class StepMaker:
         all_rows = batch.all_logits or len(batch.slices) == batch.token_ids.numel()
         rows = None if all_rows else batch.last_rows()
         return BatchStep(batch.slices, rows, self.positions.turns(positions), factors)
+
+
+def attend_kept(queries: Tensor, keys: KeptHeads, values: KeptHeads) -> Tensor:
+    """`attend`, however keys and values are stored. Many tokens are worth expanding int8 once."""
+    if isinstance(keys, Tensor) or isinstance(values, Tensor):
+        assert isinstance(keys, Tensor), "keys in int8, values not"
+        assert isinstance(values, Tensor), "values in int8, keys not"
+        return attend(queries, keys, values)
+    if queries.shape[0] == 1:
+        return attend_one(queries, keys, values)
+    return attend(queries, keys.dequantize(queries.dtype), values.dequantize(queries.dtype))
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

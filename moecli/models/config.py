@@ -168,10 +168,13 @@ class ModelSpec:
             return min(ctx, self.chunk_size)
         return ctx
 
-    def kv_nbytes(self, ctx: int, itemsize: int) -> int:
-        """Bytes of keys and values of one sequence of `ctx` tokens, `itemsize` bytes a number."""
+    def kv_nbytes(self, ctx: int, itemsize: int, scale_itemsize: int = 0) -> int:
+        """Bytes of keys and values of one sequence of `ctx` tokens, `itemsize` bytes a number.
+
+        `scale_itemsize`: bytes that each token takes besides, for every head's key and value.
+        """
         held = sum(self.kv_capacity(layer, ctx) for layer in range(self.num_layers))
-        return 2 * self.num_kv_heads * self.head_dim * itemsize * held
+        return 2 * self.num_kv_heads * (self.head_dim * itemsize + scale_itemsize) * held
 
 
 def _mlp_tensors(prefix: str, hidden: int, intermediate: int) -> list[DenseTensor]:

@@ -85,10 +85,11 @@ def test_engine_flags_arrive(cli, model) -> None:
 
 def test_placement_flags_arrive(cli, model) -> None:
     flags = ["--device", "cpu", "--placement", "slice", "--lane", "both", "--dense-scheme", "nf4"]
+    flags += ["--kv-dtype", "int8"]
     assert cli("run", model, "hi", *flags).code == 0
     config = FakeEngine.opened[-1].config
     assert (config.device, config.placement, config.lane) == ("cpu", "slice", "both")
-    assert (config.dense_scheme, config.vram_nbytes) == ("nf4", None)
+    assert (config.dense_scheme, config.kv_dtype, config.vram_nbytes) == ("nf4", "int8", None)
 
 
 def test_vram_arrives_where_there_is_a_card(cli, model, monkeypatch) -> None:

@@ -127,6 +127,7 @@ def test_unknown_machine_needs_a_size(monkeypatch) -> None:
         ("--placement", "random"),
         ("--lane", "bus"),
         ("--dense-scheme", "int4"),
+        ("--kv-dtype", "fp8"),
         ("-n", "0"),
     ],
 )

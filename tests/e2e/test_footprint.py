@@ -31,4 +31,6 @@ def test_footprint_equals_files_and_caches(name: str, request: pytest.FixtureReq
     dense = footprint.dense_nbytes + footprint.embedding_nbytes
     assert dense == sum(stored.values()) - experts
     assert footprint.kv_nbytes == KvCache(spec, 300, KV_DTYPE).nbytes
+    with Engine.open(path, EngineConfig(ctx=300, kv_dtype="int8")) as engine:
+        assert engine.plan.kv_nbytes == engine.new_session().cache.nbytes < footprint.kv_nbytes
     assert plan.dense_nbytes + plan.embedding_nbytes == dense

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moecli.config import EngineConfig
+from moecli.errors import MoecliError
 from moecli.footprint import model_footprint
 from moecli.models.config import ModelSpec
 from moecli.planning import plan_model
@@ -37,6 +38,21 @@ def test_wishes_arrive() -> None:
     assert (plan.placement, plan.lanes) == ("pinned", ("host",))
     nf4 = plan_model(SPEC, SCHEMES, 64, replace(config, dense_scheme="nf4"), CARD)
     assert nf4.dense_nbytes < plan.dense_nbytes
+
+
+def test_a_cache_in_int8_takes_half_the_memory_where_the_processor_computes() -> None:
+    plans = {
+        name: plan_model(SPEC, SCHEMES, 256, EngineConfig(device="cpu", kv_dtype=name), CARD)
+        for name in ("auto", "bf16", "int8")
+    }
+    assert plans["auto"] == plans["bf16"]
+    size = SPEC.head_dim
+    assert plans["int8"].kv_nbytes == plans["bf16"].kv_nbytes * (size + 2) // (2 * size)
+    expanded = 2 * SPEC.num_kv_heads * size * 2 * 256  # one layer of it, in bf16, for a prompt
+    assert plans["int8"].workspace_nbytes == plans["bf16"].workspace_nbytes + expanded
+    with pytest.raises(MoecliError, match="KV cache in int8") as caught:
+        plan_model(SPEC, SCHEMES, 256, EngineConfig(kv_dtype="int8"), CARD)
+    assert "`--device cpu`" in (caught.value.hint or "")
 
 
 def _needed() -> int:
