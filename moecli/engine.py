@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moecli.backends import use_kernels
+from moecli.backends import fallback, use_kernels
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.errors import MoecliError
 from moecli.events import Event
@@ -123,6 +123,8 @@ class Engine:
         if cores is not None:
             torch.set_num_threads(cores)
         engine = cls(QuantizedCheckpoint.open(path), config, notify, trace)
+        if slow := fallback(config.kernels):
+            notify(slow)
         if engine.plan.ram_short:
             notify(
                 f"the plan takes {engine.plan.ram_short >> 20} MiB more than this machine has "

@@ -35,19 +35,25 @@ class OffloadedExperts:
         Each (token, choice) is computed in exactly one wave and is zero in the others, so the sum
         over waves is exact and the result does not depend on what was resident.
         """
-        total = torch.zeros(*topk_ids.shape, hidden.shape[-1], dtype=torch.float32)  # [T, k, H]
-        wanted = sorted(set(topk_ids.flatten().tolist()))
-        for wave in self._manager.waves(layer, wanted):
-            with self._manager.ensure(layer, wave) as lease:
-                total += ops.routed_experts(
-                    hidden,
-                    topk_ids,
-                    topk_weights,
-                    self._table(lease.addresses),
-                    self._layout,
+        out = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
+        choices = (hidden, topk_ids, topk_weights)
+        waves = list(self._manager.waves(layer, sorted(set(topk_ids.flatten().tolist()))))
+        if len(waves) == 1:
+            with self._manager.ensure(layer, waves[0]) as lease:
+                ops.add_routed_experts(
+                    *(out, *choices, self._table(lease.addresses), self._layout),
                     weight_on_input=self._weight_on_input,
                 )
-        return Ready(total.sum(dim=1).to(hidden.dtype))  # [T, H]
+        else:
+            total = torch.zeros(*topk_ids.shape, hidden.shape[-1])  # [T, k, H]
+            for wave in waves:
+                with self._manager.ensure(layer, wave) as lease:
+                    total += ops.routed_experts(
+                        *(*choices, self._table(lease.addresses), self._layout),
+                        weight_on_input=self._weight_on_input,
+                    )
+            ops.add_contributions(out, total, topk_ids)
+        return Ready(out.to(hidden.dtype))  # [T, H]
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """Start reading what `layer` will probably choose, [T, k]; returns at once."""
