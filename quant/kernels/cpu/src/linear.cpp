@@ -9,7 +9,7 @@
 namespace moecli {
 namespace {
 
-constexpr int64_t kRows = 32;  // of an item, for few tokens
+constexpr int64_t kRows = 64;  // of an item, for few tokens
 constexpr int kTokens = 4;     // of a float product at once
 
 struct Product {
@@ -17,7 +17,7 @@ struct Product {
   const float* x;
   int64_t tokens;
   const Linear* all;
-  int count;
+  int count, threads;
   int64_t stride;  // few: of a token
   uint8_t* memory;
 
@@ -50,6 +50,14 @@ struct Product {
     return *one;
   }
 
+  // The codes of what this thread will probably take next.
+  const uint8_t* after(int64_t item, int64_t rows) const {
+    if (item + threads >= items(rows)) return nullptr;
+    int64_t row;
+    const Matrix& m = find(item + threads, rows, &row).weight;
+    return m.packed + row * m.packed_stride;
+  }
+
   int64_t items(int64_t rows) const {
     int64_t total = 0;
     for (int i = 0; i < count; ++i) total += (all[i].rows + rows - 1) / rows;
@@ -62,7 +70,7 @@ struct Product {
     const uint8_t* tokens_at[kFew];
     for (int64_t t = 0; t < tokens; ++t) tokens_at[t] = memory + t * stride;
     k.rows_matmul(one.weight, row, std::min(kRows, one.rows - row), tokens_at,
-                  static_cast<int>(tokens), one.out + row, one.rows);
+                  static_cast<int>(tokens), one.out + row, one.rows, after(item, kRows));
   }
 
   void multiply_many(int64_t item) const {
@@ -70,7 +78,8 @@ struct Product {
     const Linear& one = find(item, k.tiles_rows, &row);
     uint8_t* scratch = thread_scratch(k.tiles_scratch(in(), bits()));
     k.tiles_matmul(one.weight, row, std::min<int64_t>(k.tiles_rows, one.rows - row), memory,
-                   static_cast<int>(tokens), one.out + row, one.rows, scratch);
+                   static_cast<int>(tokens), one.out + row, one.rows, scratch,
+                   after(item, k.tiles_rows));
   }
 };
 
@@ -80,7 +89,7 @@ void linears(const Kernels& kernels, const float* x, int64_t tokens, const Linea
              int threads) {
   Pool& pool = Pool::instance();
   const auto lock = pool.acquire();
-  Product product = {kernels, x, tokens, all, count, 0, nullptr};
+  Product product = {kernels, x, tokens, all, count, threads, 0, nullptr};
   if (is_few(tokens)) {
     product.stride = (kernels.rows_nbytes(product.in(), product.bits()) + 63) / 64 * 64;
     product.memory = pool.workspace(tokens * product.stride);

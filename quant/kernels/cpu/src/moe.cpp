@@ -10,7 +10,8 @@
 namespace moecli {
 namespace {
 
-constexpr int64_t kInnerRows = 32;  // intermediate rows of an item: whole spans of activations
+constexpr int64_t kGroup = 32;       // elements of an activation's scale
+constexpr int64_t kInnerRows = 128;  // most intermediate rows of an item
 
 int64_t aligned(int64_t nbytes) { return (nbytes + 63) / 64 * 64; }
 
@@ -33,13 +34,20 @@ struct Layer {
   int64_t rows_stride, plain_stride, inner_stride;
   int64_t rows_at = 0, plain_at = 0, nbytes = 0;
   uint8_t* memory = nullptr;
-  int64_t out_rows = 0;  // of an item of the last phase
+  int threads;
+  int64_t inner_rows = 0;  // of an item of the phase of intermediate rows: whole groups
+  int64_t out_rows = 0;    // of an item of the last phase
 
   Layer(const Kernels& kernels, const MoeCall& call, int threads);
 
   int token(int choice) const { return static_cast<int>(choice / c.choices); }
   float input_factor(int choice) const { return c.weight_on_input ? c.weights[choice] : 1.0f; }
   Matrix matrix(const uint8_t* blob, int which) const;
+  int64_t inner_parts() const { return (inner_size + inner_rows - 1) / inner_rows; }
+  const uint8_t* codes(const Chosen& e, int which, int64_t row) const {
+    const Matrix m = matrix(e.blob, which);
+    return m.packed + row * m.packed_stride;
+  }
   uint8_t* rows_of(int choice) const {
     const int64_t which = c.weight_on_input ? choice : token(choice);
     return memory + rows_at + which * rows_stride;
@@ -48,14 +56,14 @@ struct Layer {
   void quantize(int64_t item) const;
   void interleave(int64_t item) const;
   void inner(int64_t item) const;
-  void inner_few(const Chosen& e, int64_t row) const;
-  void inner_many(const Chosen& e, int64_t row) const;
+  void inner_few(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const;
+  void inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const;
   void outer(int64_t item) const;
   void add(const Chosen& e, int64_t row, int64_t rows, const float* y, float* sums) const;
 };
 
 Layer::Layer(const Kernels& kernels, const MoeCall& call, int threads)
-    : k(kernels), c(call), inner_size(call.end - call.begin) {
+    : k(kernels), c(call), inner_size(call.end - call.begin), threads(threads) {
   std::vector<int> start(static_cast<size_t>(c.experts) + 1, 0);
   const int64_t all = c.tokens * c.choices;
   for (int64_t i = 0; i < all; ++i) ++start[static_cast<size_t>(c.ids[i]) + 1];
@@ -89,9 +97,15 @@ Layer::Layer(const Kernels& kernels, const MoeCall& call, int threads)
   }
   if (any_few) rows_at = reserve((c.weight_on_input ? all : c.tokens) * rows_stride);
   if (any_many) plain_at = reserve(c.tokens * plain_stride);
-  // Enough items for all threads; but a block of tokens is read once for each of them.
-  const int64_t most = any_many ? 256 : 32, share = c.hidden_size / (4 * threads) / 32 * 32;
-  out_rows = std::max<int64_t>(32, std::min(most, share));
+  // Items enough for all threads. But each is a stream of memory that has to begin, and reads the
+  // activations of its experts once.
+  const auto part = [](int64_t all, int64_t parts, int64_t most) {
+    const int64_t rows = (all + parts - 1) / parts;
+    return std::min(most, (rows + kGroup - 1) / kGroup * kGroup);
+  };
+  const int64_t parts = 8 * threads, count = std::max<int64_t>(1, chosen.size());
+  inner_rows = part(inner_size, (parts + count - 1) / count, any_many ? 64 : kInnerRows);
+  out_rows = part(c.hidden_size, parts, any_many ? 256 : 128);
 }
 
 Matrix Layer::matrix(const uint8_t* blob, int which) const {
@@ -149,50 +163,59 @@ void Layer::interleave(int64_t item) const {
   }
 }
 
-// Item: an expert and 32 of its intermediate rows.
+// Item: an expert and some of its intermediate rows.
 void Layer::inner(int64_t item) const {
-  const int64_t parts = inner_size / kInnerRows;
+  const int64_t parts = inner_parts(), after = item + threads;
   const Chosen& e = chosen[item / parts];
-  const int64_t row = item % parts * kInnerRows;
+  const int64_t row = item % parts * inner_rows, rows = std::min(inner_rows, inner_size - row);
+  const uint8_t* next = nullptr;
+  if (after < parts * static_cast<int64_t>(chosen.size())) {
+    next = codes(chosen[after / parts], 0, after % parts * inner_rows);
+  }
   if (e.few) {
-    inner_few(e, row);
+    inner_few(e, row, rows, next);
   } else {
-    inner_many(e, row);
+    inner_many(e, row, rows, next);
   }
 }
 
-void Layer::inner_few(const Chosen& e, int64_t row) const {
+void Layer::inner_few(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const {
   float gate[kFew * kInnerRows], up[kFew * kInnerRows];
   const uint8_t* x[kFew];
   for (int i = 0; i < e.count; ++i) x[i] = rows_of(order[e.first + i]);
-  k.rows_matmul(matrix(e.blob, 0), row, kInnerRows, x, e.count, gate, kInnerRows);
-  k.rows_matmul(matrix(e.blob, 1), row, kInnerRows, x, e.count, up, kInnerRows);
-  k.activate(c.activation, gate, up, gate, e.count * kInnerRows);
+  k.rows_matmul(matrix(e.blob, 0), row, rows, x, e.count, gate, rows, codes(e, 1, row));
+  k.rows_matmul(matrix(e.blob, 1), row, rows, x, e.count, up, rows, next);
+  k.activate(c.activation, gate, up, gate, e.count * rows);
   for (int i = 0; i < e.count; ++i) {
-    k.rows_quantize(gate + i * kInnerRows, 1.0f, row, kInnerRows, c.bits,
+    k.rows_quantize(gate + i * rows, 1.0f, row, rows, c.bits,
                     memory + e.inner + i * inner_stride);
   }
 }
 
-void Layer::inner_many(const Chosen& e, int64_t row) const {
+void Layer::inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const {
   const int64_t scratch_size = aligned(k.tiles_scratch(c.hidden_size, c.bits));
-  const int64_t values = e.count * kInnerRows, plain_size = aligned(k.plain_nbytes(kInnerRows));
+  const int64_t values = e.count * rows, plain_size = aligned(k.plain_nbytes(rows));
   uint8_t* scratch = thread_scratch(scratch_size + plain_size + 2 * values * 4);
   uint8_t* plain = scratch + scratch_size;
   float* gate = reinterpret_cast<float*>(plain + plain_size);
   float* up = gate + values;
   const uint8_t* x = memory + e.input;
-  k.tiles_matmul(matrix(e.blob, 0), row, kInnerRows, x, e.count, gate, kInnerRows, scratch);
-  k.tiles_matmul(matrix(e.blob, 1), row, kInnerRows, x, e.count, up, kInnerRows, scratch);
+  const Matrix gates = matrix(e.blob, 0), ups = matrix(e.blob, 1);
+  for (int64_t r = 0; r < rows; r += k.tiles_rows) {
+    const int64_t some = std::min<int64_t>(k.tiles_rows, rows - r);
+    k.tiles_matmul(gates, row + r, some, x, e.count, gate + r, rows, scratch,
+                   codes(e, 1, row + r));
+    k.tiles_matmul(ups, row + r, some, x, e.count, up + r, rows, scratch,
+                   r + some < rows ? codes(e, 0, row + r + some) : next);
+  }
   k.activate(c.activation, gate, up, gate, values);
   const Blocks blocks(e.count, k.block);
   uint8_t* to = memory + e.inner;
   for (int b = 0; b < blocks.count; ++b) {
     const int size = blocks.size(b);
     for (int slot = 0; slot < size; ++slot) {
-      k.plain_quantize(gate + (blocks.first(b) + slot) * kInnerRows, 0, kInnerRows, c.bits, plain,
-                       kInnerRows);
-      k.block_insert(plain, kInnerRows, 0, 1, 1.0f, slot, size,
+      k.plain_quantize(gate + (blocks.first(b) + slot) * rows, 0, rows, c.bits, plain, rows);
+      k.block_insert(plain, rows, 0, rows / kGroup, 1.0f, slot, size,
                      to + k.block_nbytes(row, size));
     }
     to += k.block_nbytes(inner_size, size);
@@ -210,16 +233,24 @@ void Layer::outer(int64_t item) const {
   float* sums = c.sums ? reinterpret_cast<float*>(scratch + tiles) : nullptr;
   float* y = reinterpret_cast<float*>(scratch + tiles + sums_size);
   if (sums) std::fill(sums, sums + c.tokens * rows, 0.0f);
-  for (const Chosen& e : chosen) {
+  for (size_t which = 0; which < chosen.size(); ++which) {
+    const Chosen& e = chosen[which];
     const Matrix down = matrix(e.blob, 2);
+    const uint8_t* next = nullptr;
+    if (which + 1 < chosen.size()) {
+      next = codes(chosen[which + 1], 2, row);
+    } else if (row + threads * out_rows < c.hidden_size) {
+      next = codes(chosen[0], 2, row + threads * out_rows);
+    }
     if (e.few) {
       const uint8_t* x[kFew];
       for (int i = 0; i < e.count; ++i) x[i] = memory + e.inner + i * inner_stride;
-      k.rows_matmul(down, row, rows, x, e.count, y, rows);
+      k.rows_matmul(down, row, rows, x, e.count, y, rows, next);
     } else {
       for (int64_t r = 0; r < rows; r += k.tiles_rows) {
         const int64_t some = std::min<int64_t>(k.tiles_rows, rows - r);
-        k.tiles_matmul(down, row + r, some, memory + e.inner, e.count, y + r, rows, scratch);
+        k.tiles_matmul(down, row + r, some, memory + e.inner, e.count, y + r, rows, scratch,
+                       r + some < rows ? codes(e, 2, row + r + some) : next);
       }
     }
     add(e, row, rows, y, sums);
@@ -257,7 +288,7 @@ void routed_experts(const Kernels& kernels, const MoeCall& call, int threads) {
   const Phase phases[] = {
       Phase::of(call.tokens, quantize),
       Phase::of(experts, interleave),
-      Phase::of(experts * (layer.inner_size / kInnerRows), inner),
+      Phase::of(experts * layer.inner_parts(), inner),
       Phase::of((call.hidden_size + layer.out_rows - 1) / layer.out_rows, outer),
   };
   pool.run(threads, phases, 4);

@@ -111,14 +111,16 @@ inline __attribute__((always_inline)) void add_chunk(const Vec::B (&packed)[R],
     const uint8_t* chunk = x[t] + offset;
     const Vec::I excess = Vec::load_ints(chunk + C::kOffsets);
     const Vec::F x_scale = Vec::load(reinterpret_cast<const float*>(chunk + C::kScales));
+    const Vec::B first = Vec::load_bytes(chunk);
+    Vec::B second = first;
+    if constexpr (bits == 4) second = Vec::load_bytes(chunk + 4 * Vec::L);
     for (int r = 0; r < R; ++r) {
       typename Dot::Acc sum = Dot::start(excess);
       if constexpr (bits == 4) {
-        sum = Dot::add(sum, Dot::codes(Vec::low_nibbles(packed[r])), Vec::load_bytes(chunk));
-        sum = Dot::add(sum, Dot::codes(Vec::high_nibbles(packed[r])),
-                       Vec::load_bytes(chunk + 4 * Vec::L));
+        sum = Dot::add(sum, Dot::codes(Vec::low_nibbles(packed[r])), first);
+        sum = Dot::add(sum, Dot::codes(Vec::high_nibbles(packed[r])), second);
       } else {
-        sum = Dot::add(sum, Dot::codes(packed[r]), Vec::load_bytes(chunk));
+        sum = Dot::add(sum, Dot::codes(packed[r]), first);
       }
       const Vec::F value = Vec::mul(Vec::to_float(Dot::finish(sum, excess)), x_scale);
       acc[r][t] = Vec::fma(value, scale[r], acc[r][t]);
@@ -126,70 +128,132 @@ inline __attribute__((always_inline)) void add_chunk(const Vec::B (&packed)[R],
   }
 }
 
+// Rows from `first` on, of a block that ends at `end`, and what is fetched from main memory
+// meanwhile: rows that stand some 16 KiB behind, or as far into `next` as they are behind the end.
+struct Rows {
+  const Matrix& m;
+  int64_t first, end;
+  const uint8_t* next;
+
+  int64_t distance() const { return (16384 + m.packed_stride - 1) / m.packed_stride; }
+  const uint8_t* codes(int64_t r) const { return m.packed + (first + r) * m.packed_stride; }
+  const uint8_t* scales(int64_t r) const { return m.scale + (first + r) * m.scale_stride; }
+  const uint8_t* codes_ahead(int64_t r) const {
+    const int64_t row = first + r + distance();
+    if (row < end) return m.packed + row * m.packed_stride;
+    return next ? next + (row - end) * m.packed_stride : codes(r);
+  }
+  const uint8_t* scales_ahead(int64_t r) const { return scales(r + distance()); }
+};
+
 template <int bits, int group, int R, int N>
-void rows_micro(const Matrix& m, int64_t row, const uint8_t* const* tokens, float* out,
+void rows_micro(const Rows& rows, const uint8_t* const* tokens, int64_t from, bool add, float* out,
                 int64_t ld) {
   using C = Chunk<bits>;
   constexpr int kVector = 4 * Vec::L;
-  const uint8_t* packed = m.packed + row * m.packed_stride;
-  const uint8_t* scales = m.scale + row * m.scale_stride;
-  const int64_t nbytes = m.in * bits / 8, whole = nbytes / kVector, rest = nbytes % kVector;
-  const uint8_t* x[N];
-  for (int t = 0; t < N; ++t) x[t] = tokens[t];
+  const int64_t nbytes = rows.m.in * bits / 8, whole = nbytes / kVector, rest = nbytes % kVector;
+  const uint8_t *x[N], *codes[R], *scales[R], *ahead[R];
   Vec::F acc[R][N];
+  for (int t = 0; t < N; ++t) x[t] = tokens[t] + from;
   for (int r = 0; r < R; ++r) {
+    codes[r] = rows.codes(r);
+    scales[r] = rows.scales(r);
+    ahead[r] = rows.codes_ahead(r);
     for (int t = 0; t < N; ++t) acc[r][t] = Vec::zero();
+    for (int64_t line = 0; line < nbytes * 16 / (bits * group); line += 64) {
+      __builtin_prefetch(rows.scales_ahead(r) + line, 0, 0);
+    }
   }
   Vec::B b[R];
   Vec::F s[R];
   for (int64_t c = 0; c < whole; ++c) {
     for (int r = 0; r < R; ++r) {
-      const uint8_t* at = packed + r * m.packed_stride + c * kVector;
-      __builtin_prefetch(at + R * m.packed_stride, 0, 0);
-      b[r] = Vec::load_bytes(at);
-      s[r] = chunk_scales<bits, group>(scales + r * m.scale_stride, c);
+      __builtin_prefetch(ahead[r] + c * kVector, 0, 0);
+      b[r] = Vec::keep(Vec::load_bytes(codes[r] + c * kVector));
+      s[r] = chunk_scales<bits, group>(scales[r], c);
     }
     add_chunk<bits, R, N>(b, s, x, c * C::kBytes, acc);
   }
   if (rest) {
     for (int r = 0; r < R; ++r) {
-      b[r] = Vec::load_bytes(packed + r * m.packed_stride + whole * kVector, rest);
-      s[r] = last_scales<bits, group>(scales + r * m.scale_stride, whole, rest * 8 / bits);
+      b[r] = Vec::load_bytes(codes[r] + whole * kVector, rest);
+      s[r] = last_scales<bits, group>(scales[r], whole, rest * 8 / bits);
     }
     add_chunk<bits, R, N>(b, s, x, whole * C::kBytes, acc);
   }
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < N; ++t) out[t * ld + r] = Vec::sum(acc[r][t]);
+    for (int t = 0; t < N; ++t) {
+      float* to = out + t * ld + r;
+      const float sum = Vec::sum(acc[r][t]);
+      *to = add ? *to + sum : sum;
+    }
   }
 }
 
+// As many tokens at once as the registers hold.
+constexpr int kMostTokens = Vec::L == 16 ? 3 : 2;
+
 template <int bits, int group, int R>
-void rows_tokens(const Matrix& m, int64_t row, const uint8_t* const* x, int n, float* out,
-                 int64_t ld) {
-  for (; n >= 4; n -= 4, x += 4, out += 4 * ld) rows_micro<bits, group, R, 4>(m, row, x, out, ld);
-  if (n == 3) rows_micro<bits, group, R, 3>(m, row, x, out, ld);
-  if (n == 2) rows_micro<bits, group, R, 2>(m, row, x, out, ld);
-  if (n == 1) rows_micro<bits, group, R, 1>(m, row, x, out, ld);
+void rows_tokens(const Rows& rows, const uint8_t* const* x, int n, int64_t from, bool add,
+                 float* out, int64_t ld) {
+  while (n) {
+    const int some = n <= kMostTokens ? n : n == 4 ? 2 : kMostTokens;
+    switch (some) {
+      case 1: rows_micro<bits, group, R, 1>(rows, x, from, add, out, ld); break;
+      case 2: rows_micro<bits, group, R, 2>(rows, x, from, add, out, ld); break;
+      default: rows_micro<bits, group, R, kMostTokens>(rows, x, from, add, out, ld);
+    }
+    n -= some;
+    x += some;
+    out += some * ld;
+  }
 }
 
+// Several tokens: R rows share their activations; of long rows a part at a time, so that the
+// activations of some tokens stay in the nearest cache.
+template <int bits, int group>
+void rows_several(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
+                  float* out, int64_t ld, const uint8_t* next) {
+  constexpr int R = Vec::L == 16 ? 4 : 2;
+  constexpr int64_t kPart = 2048;
+  const int64_t part = m.in <= 2 * kPart ? m.in : kPart, end = row0 + rows;
+  for (int64_t begin = 0; begin < m.in; begin += part) {
+    Matrix piece = m;
+    piece.packed += begin * bits / 8;
+    piece.scale += begin / group * 2;
+    piece.in = m.in - begin < part ? m.in - begin : part;
+    const int64_t from = begin / Chunk<bits>::kElements * Chunk<bits>::kBytes;
+    const bool last = begin + part >= m.in, add = begin > 0;
+    const uint8_t* after = last ? next : piece.packed + row0 * m.packed_stride + part * bits / 8;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) {
+      rows_tokens<bits, group, R>({piece, row0 + r, end, after}, x, n, from, add, out + r, ld);
+    }
+    for (; r < rows; ++r) {
+      rows_tokens<bits, group, 1>({piece, row0 + r, end, after}, x, n, from, add, out + r, ld);
+    }
+  }
+}
+
+// One token: row by row, which is one stream of memory.
 template <int bits, int group>
 void rows_of(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
-             float* out, int64_t ld) {
-  constexpr int R = Vec::L == 16 ? 4 : 2;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) rows_tokens<bits, group, R>(m, row0 + r, x, n, out + r, ld);
-  for (; r < rows; ++r) rows_tokens<bits, group, 1>(m, row0 + r, x, n, out + r, ld);
+             float* out, int64_t ld, const uint8_t* next) {
+  if (n > 1) return rows_several<bits, group>(m, row0, rows, x, n, out, ld, next);
+  for (int64_t r = 0; r < rows; ++r) {
+    rows_micro<bits, group, 1, 1>({m, row0 + r, row0 + rows, next}, x, 0, false, out + r, ld);
+  }
 }
 
 inline void rows_matmul(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x,
-                        int n, float* out, int64_t ld) {
+                        int n, float* out, int64_t ld, const uint8_t* next) {
   switch (m.bits * 1000 + m.group) {
-    case 4032: return rows_of<4, 32>(m, row0, rows, x, n, out, ld);
-    case 4064: return rows_of<4, 64>(m, row0, rows, x, n, out, ld);
-    case 4128: return rows_of<4, 128>(m, row0, rows, x, n, out, ld);
-    case 8032: return rows_of<8, 32>(m, row0, rows, x, n, out, ld);
-    case 8064: return rows_of<8, 64>(m, row0, rows, x, n, out, ld);
-    case 8128: return rows_of<8, 128>(m, row0, rows, x, n, out, ld);
+    case 4032: return rows_of<4, 32>(m, row0, rows, x, n, out, ld, next);
+    case 4064: return rows_of<4, 64>(m, row0, rows, x, n, out, ld, next);
+    case 4128: return rows_of<4, 128>(m, row0, rows, x, n, out, ld, next);
+    case 8032: return rows_of<8, 32>(m, row0, rows, x, n, out, ld, next);
+    case 8064: return rows_of<8, 64>(m, row0, rows, x, n, out, ld, next);
+    case 8128: return rows_of<8, 128>(m, row0, rows, x, n, out, ld, next);
   }
 }
 

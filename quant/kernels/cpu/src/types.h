@@ -36,9 +36,10 @@ struct Kernels {
   // Elements begin..begin+count-1, both multiples of 32, of factor * x.
   void (*rows_quantize)(const float* x, float factor, int64_t begin, int64_t count, int bits,
                         uint8_t* out);
-  // out[t * ld + r] = row (row0 + r) of m times token t, for `rows` rows.
+  // out[t * ld + r] = row (row0 + r) of m times token t, for `rows` rows. `next`: the codes that
+  // this thread will probably read afterwards, fetched towards the end; or null.
   void (*rows_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
-                      float* out, int64_t ld);
+                      float* out, int64_t ld, const uint8_t* next);
 
   // Tiles: a token is quantized by itself; blocks of up to `block` tokens are then interleaved.
   int block;
@@ -53,7 +54,7 @@ struct Kernels {
   // out[t * ld + r] for all tokens of all blocks; `rows` is at most `tiles_rows`.
   int tiles_rows;
   void (*tiles_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int n,
-                       float* out, int64_t ld, uint8_t* scratch);
+                       float* out, int64_t ld, uint8_t* scratch, const uint8_t* next);
 
   // out = activation(gate) * up
   void (*activate)(Activation kind, const float* gate, const float* up, float* out, int64_t count);

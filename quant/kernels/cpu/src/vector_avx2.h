@@ -34,6 +34,13 @@ struct Vec {
     return _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(15));
   }
 
+  // Loads are what these kernels run out of: what is used twice stays in a register.
+  template <class V>
+  static V keep(V value) {
+    asm("" : "+x"(value));
+    return value;
+  }
+
   static F zero() { return _mm256_setzero_ps(); }
   static F repeat(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -77,6 +84,12 @@ struct Vec {
       return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(pair), where));
     }
   }
+  // Of 2 bf16 values in each lane one.
+  static F low_bf16(I pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
+  static F high_bf16(I pair) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(int(0xffff0000))));
+  }
+  // L values that follow each other.
   static F load_bf16(const uint8_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));

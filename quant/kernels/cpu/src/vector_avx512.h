@@ -29,6 +29,13 @@ struct Vec {
     return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15));
   }
 
+  // Loads are what these kernels run out of: what is used twice stays in a register.
+  template <class V>
+  static V keep(V value) {
+    asm("" : "+v"(value));
+    return value;
+  }
+
   static F zero() { return _mm512_setzero_ps(); }
   static F repeat(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -77,7 +84,12 @@ struct Vec {
       return _mm512_castsi512_ps(_mm512_shuffle_epi8(all, where));
     }
   }
-  // L float values that follow each other.
+  // Of 2 bf16 values in each lane one.
+  static F low_bf16(I pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
+  static F high_bf16(I pair) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int(0xffff0000))));
+  }
+  // L values that follow each other.
   static F load_bf16(const uint8_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

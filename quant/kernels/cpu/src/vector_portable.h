@@ -51,6 +51,11 @@ struct Vec {
     return b;
   }
 
+  template <class V>
+  static V keep(V value) {
+    return value;
+  }
+
   static F zero() { return F{}; }
   static F repeat(float x) {
     return each([&](int) { return x; });
@@ -124,6 +129,14 @@ struct Vec {
   static F spread_bf16(const uint8_t* p) {
     return each([&](int i) { return bf16(p + 2 * (i * n / L)); });
   }
+  // Of 2 bf16 values in each lane one.
+  static F low_bf16(I pair) {
+    return each([&](int i) { return from_bits(static_cast<uint32_t>(pair.v[i]) << 16); });
+  }
+  static F high_bf16(I pair) {
+    return each([&](int i) { return from_bits(static_cast<uint32_t>(pair.v[i]) & 0xffff0000); });
+  }
+  // L values that follow each other.
   static F load_bf16(const uint8_t* p) {
     return each([&](int i) { return bf16(p + 2 * i); });
   }
