@@ -30,25 +30,35 @@ constexpr int kGroup = 32;  // elements of a scale
 // Which code the largest of 32 elements may get.
 constexpr float kSteps[] = {127.49f, 126.2f, 124.9f, 123.6f, 122.3f, 121.0f};
 
+// Groups whose largest is less count as zeros, those whose largest is more as no numbers.
+constexpr float kLeast = 1e-30f, kMost = 3e38f;
+
+inline float not_a_number() {
+  const uint32_t bits = 0x7fc00000;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 // 32 elements by one scale: of a few that are near each other the one that fits best.
 inline float quantize_group(const float* x, int8_t* codes) {
   const float most = largest(x, 32);
-  if (!(most > 1e-30f)) {
+  if (!(most > kLeast && most < kMost)) {
     std::memset(codes, 0, 32);
-    return most != most ? most : 0.0f;
+    return most < kMost ? 0.0f : not_a_number();
   }
-  float best_error = 3e38f, best_scale = most, best_steps = 127.0f;
+  float best = 0.0f, best_scale = 0.0f, best_steps = 0.0f;
   for (const float steps : kSteps) {
     const float inverse = steps / most;
     float along = 0.0f, length = 0.0f;
     for (int i = 0; i < 32; ++i) {
-      const float code = std::rint(x[i] * inverse);
-      along += x[i] * code;
+      const float scaled = x[i] * inverse, code = std::rint(scaled);
+      along += scaled * code;
       length += code * code;
     }
-    // With the scale that fits these codes best the squared error is |x|^2 - along^2 / length.
-    const float error = -along * (along / length);
-    if (error < best_error) best_error = error, best_scale = along / length, best_steps = steps;
+    // With the scale that fits these codes best, |x|^2 less this is the squared error.
+    const float fit = along / length, gain = along * fit / (steps * steps);
+    if (gain > best) best = gain, best_scale = fit * (most / steps), best_steps = steps;
   }
   for (int i = 0; i < 32; ++i) {
     codes[i] = static_cast<int8_t>(std::lrintf(x[i] * (best_steps / most)));

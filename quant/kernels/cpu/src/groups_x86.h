@@ -5,15 +5,17 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
-inline float largest(__m256 x) {
-  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
-  __m128 most = _mm_max_ps(_mm256_castps256_ps128(magnitude),
-                           _mm256_extractf128_ps(magnitude, 1));
-  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-  return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+// The largest magnitude. Compared as integers, among which "not a number" is the largest of all.
+inline float largest(__m256i magnitudes) {
+  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(magnitudes),
+                               _mm256_extracti128_si256(magnitudes, 1));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
+  return _mm_cvtss_f32(_mm_castsi128_ps(most));
 }
 
 inline float total(__m256 x) {
@@ -40,33 +42,44 @@ constexpr int kGroup = 32;  // elements of a scale
 // Which code the largest of 32 elements may get.
 constexpr float kSteps[] = {127.49f, 126.2f, 124.9f, 123.6f, 122.3f, 121.0f};
 
+// Groups whose largest is less count as zeros, those whose largest is more as no numbers.
+constexpr float kLeast = 1e-30f, kMost = 3e38f;
+
+inline float not_a_number() {
+  const uint32_t bits = 0x7fc00000;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 // 32 elements by one scale: of a few that are near each other the one that fits best.
 inline float quantize_group(const float* p, int8_t* codes) {
   __m256 x[4];
-  __m256 magnitude = _mm256_setzero_ps();
+  __m256i magnitude = _mm256_setzero_si256();
   for (int i = 0; i < 4; ++i) {
     x[i] = _mm256_loadu_ps(p + 8 * i);
-    magnitude = _mm256_max_ps(magnitude, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x[i]));
+    magnitude = _mm256_max_epi32(
+        magnitude, _mm256_and_si256(_mm256_castps_si256(x[i]), _mm256_set1_epi32(0x7fffffff)));
   }
   const float most = largest(magnitude);
-  if (!(most > 1e-30f)) {
+  if (!(most > kLeast && most < kMost)) {
     for (int i = 0; i < 32; ++i) codes[i] = 0;
-    return most != most ? most : 0.0f;
+    return most < kMost ? 0.0f : not_a_number();
   }
-  float best_error = 3e38f, best_scale = most, best_steps = 127.0f;
+  float best = 0.0f, best_scale = 0.0f, best_steps = 0.0f;
   for (const float steps : kSteps) {
     const __m256 inverse = _mm256_set1_ps(steps / most);
     __m256 along = _mm256_setzero_ps(), length = _mm256_setzero_ps();
     for (int i = 0; i < 4; ++i) {
-      const __m256 code = _mm256_round_ps(_mm256_mul_ps(x[i], inverse),
-                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      along = _mm256_fmadd_ps(x[i], code, along);
+      const __m256 scaled = _mm256_mul_ps(x[i], inverse);
+      const __m256 code =
+          _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      along = _mm256_fmadd_ps(scaled, code, along);
       length = _mm256_fmadd_ps(code, code, length);
     }
-    // With the scale that fits these codes best the squared error is |x|^2 - along^2 / length.
-    const float a = total(along), l = total(length);
-    const float error = -a * (a / l);
-    if (error < best_error) best_error = error, best_scale = a / l, best_steps = steps;
+    // With the scale that fits these codes best, |x|^2 less this is the squared error.
+    const float a = total(along), fit = a / total(length), gain = a * fit / (steps * steps);
+    if (gain > best) best = gain, best_scale = fit * (most / steps), best_steps = steps;
   }
   const __m256 inverse = _mm256_set1_ps(best_steps / most);
   for (int i = 0; i < 4; ++i) {
