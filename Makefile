@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint soak bench gpu-check clean
+.PHONY: demo test asan lint soak bench gpu-check clean
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard quant/kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
@@ -19,6 +19,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.dev lint
 	$(BIN)/pytest
+
+# The kernels for the processor, under the address sanitizer of g++.
+ASAN := build/asan/libmoecli_cpu.so
+asan: $(VENV)/.dev
+	CXX=g++ $(BIN)/python -m quant.kernels.cpu.build --asan $(ASAN)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 MOECLI_CPU_LIBRARY=$(abspath $(ASAN)) \
+		$(BIN)/pytest tests/quant/test_quant_cpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

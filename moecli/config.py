@@ -8,7 +8,7 @@ SIMULATED = "simulated"  # a device made of main memory: for tests, and offered 
 DEVICES = ("auto", "cpu", "cuda", SIMULATED)
 PLACEMENTS = ("auto", "lru", "slice", "pinned")
 LANES = ("auto", "link", "cpu", "both")
-KERNELS = ("auto", "reference", "torch", "triton")
+KERNELS = ("auto", "reference", "torch", "cpu", "triton")
 KV_DTYPES = ("auto", "bf16", "int8")
 RUN_SCHEMES = ("stored", "nf4", "llm-int8")  # of the dense weights while they are run
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecli.backends import use_kernels
+from moecli.backends import fallback, use_kernels
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.device_tiers import Progress
 from moecli.errors import MoecliError
@@ -146,6 +146,8 @@ class Engine:
         if cores is not None:
             torch.set_num_threads(cores)
         engine = cls(QuantizedCheckpoint.open(path), config, notify, trace, progress, usage_file)
+        if slow := fallback(config.kernels):
+            notify(slow)
         if engine.plan.ram_short:
             notify(
                 f"the plan takes {engine.plan.ram_short >> 20} MiB more than this machine has "

@@ -130,9 +130,10 @@ class Choices:
     def sum(self) -> Tensor:
         """[T, H] of all groups together."""
         hidden = self._chosen[0]
-        if self._total is None:
-            return torch.zeros_like(hidden)  # no tokens
-        return self._total.sum(dim=1).to(hidden.dtype)
+        out = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
+        if self._total is not None:  # else there are no tokens
+            ops.add_contributions(out, self._total, self._chosen[1])
+        return out.to(hidden.dtype)
 
     def _contributions(self, hidden: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
         """[tokens, choices, H]"""

@@ -89,7 +89,7 @@ Threads = Annotated[
 ]
 Kernels = Annotated[
     str | None,
-    option("--kernels", metavar="NAME", help="What computes: auto, reference, torch, triton."),
+    option("--kernels", metavar="NAME", help="What computes: auto, reference, torch, cpu, triton."),
 ]
 System = Annotated[str | None, option("-s", "--system", metavar="TEXT", help="System prompt.")]
 MaxTokens = Annotated[

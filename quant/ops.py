@@ -4,12 +4,14 @@ Legend: T tokens, k choices a token, E experts of a layer, H hidden, O out, I in
 
 `torch.ops.moecli.*` take flat tensors; the functions here are their typed faces. Backends:
 "reference" expands whole weights to fp32; "torch" expands tiles that stay in cache and differs
-from it by at most 1e-5 of the largest output; "triton" is kernels for CUDA, or for the CPU in
-Triton's interpreter. "auto" is "triton" for tensors on CUDA and "torch" for all others.
+from it by at most 1e-5 of the largest output; "cpu" is compiled kernels for the processor, which
+quantize activations to 8 bits on the fly (0.5% of a product); "triton" is kernels for CUDA, or for
+the CPU in Triton's interpreter. "auto" is "triton" for tensors on CUDA and "cpu" for all others, or
+"torch" where "cpu" is not compiled: `fallback` says so.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from quant.bnb import BnbWeight
 from quant.errors import QuantError
 from quant.kernels import reference, tiled
+from quant.kernels.cpu.backend import CpuBackend
+from quant.kernels.cpu.library import NoLibrary
 from quant.kernels.experts import ACTIVATIONS, TorchBackend
 from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
@@ -31,6 +35,9 @@ class Backend(Protocol):
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
         """x [T, I] -> [T, O]"""
+
+    def linears_quantized(self, x: Tensor, weights: Sequence[QuantizedWeight]) -> list[Tensor]:
+        """x [T, I] by weights of one scheme -> [T, O] each"""
 
     def linear_float(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, I], weight [O, I] -> [T, O]"""
@@ -62,8 +69,11 @@ class Backend(Protocol):
         span: Span,
     ) -> None: ...
 
+    def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
+        """out fp32 [T, H] += the sum over k of contributions [T, k, H]"""
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 _TORCH_BACKENDS = {
     "reference": TorchBackend(reference.linear_quantized, reference.linear_float),
     "torch": TorchBackend(tiled.linear_quantized, tiled.linear_float),
@@ -78,11 +88,27 @@ def set_backend(name: str) -> None:
         raise QuantError(f"no kernels are called `{name}`", f"use one of {', '.join(BACKENDS)}")
     if name == "triton":
         _triton_backend()
+    if name == "cpu":
+        _cpu_backend()
     _chosen = name
 
 
 def current_backend() -> str:
     return _chosen
+
+
+def fallback() -> NoLibrary | None:
+    """Why "auto" is slow on the processor: the kernels for it are missing; None: it is not."""
+    try:
+        _cpu_backend()
+    except NoLibrary as missing:
+        return missing
+    return None
+
+
+def cpu_isa() -> str:
+    """Which instructions "cpu" uses. Raises QuantError where it cannot compute."""
+    return _cpu_backend().isa
 
 
 def linear(x: Tensor, weight: QuantizedWeight | BnbWeight | Tensor) -> Tensor:
@@ -96,6 +122,21 @@ def linear(x: Tensor, weight: QuantizedWeight | BnbWeight | Tensor) -> Tensor:
         )
         return result
     return torch.ops.moecli.linear_float(x, weight)
+
+
+def linears(x: Tensor, weights: Sequence[QuantizedWeight | BnbWeight | Tensor]) -> list[Tensor]:
+    """`linear` of one x by several weights; where they share a scheme, in one call."""
+    first = weights[0]
+    if isinstance(first, QuantizedWeight):
+        quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+        scheme = first.scheme
+        if len(quantized) == len(weights) and all(w.scheme == scheme for w in quantized):
+            packed, scales = [w.packed for w in quantized], [w.scale for w in quantized]
+            results: list[Tensor] = torch.ops.moecli.linears_quantized(
+                x, packed, scales, scheme.bits, scheme.group_size
+            )
+            return results
+    return [linear(x, weight) for weight in weights]
 
 
 def routed_experts(
@@ -149,6 +190,14 @@ def add_routed_experts(
     )
 
 
+def add_contributions(out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
+    """out fp32 [T, H] += the sum over k of contributions [T, k, H] of `routed_experts`.
+
+    Summed in the order of `add_routed_experts`, so that the two ways are bitwise the same.
+    """
+    torch.ops.moecli.add_contributions(out, contributions, topk_ids)
+
+
 def _flat(
     layout: ExpertLayout, activation: str, weight_on_input: bool, span: Span | None
 ) -> tuple[int | str | bool, ...]:
@@ -167,7 +216,13 @@ def _backend(x: Tensor) -> Backend:
     """Who computes on the device of `x`."""
     name = _chosen
     if name == "auto":
-        name = "triton" if x.is_cuda else "torch"
+        name = "triton" if x.is_cuda else _auto_cpu()
+    if name == "cpu":
+        if x.device.type != "cpu":
+            raise QuantError(
+                f"the kernels `cpu` cannot compute on {x.device.type}", "use `--kernels auto`"
+            )
+        return _cpu_backend()
     if name != "triton":
         return _TORCH_BACKENDS[name]
     backend, interpreted = _triton_backend()
@@ -177,6 +232,16 @@ def _backend(x: Tensor) -> Backend:
             "use `--kernels auto`, or set TRITON_INTERPRET=1 to try them without a GPU, slowly",
         )
     return backend
+
+
+@functools.cache
+def _cpu_backend() -> CpuBackend:
+    return CpuBackend()
+
+
+@functools.cache
+def _auto_cpu() -> str:
+    return "torch" if fallback() else "cpu"
 
 
 @functools.cache
@@ -204,6 +269,21 @@ def _linear_quantized_shape(
     x: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+def _linears_quantized(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], bits: int, group: int
+) -> list[Tensor]:
+    scheme = QuantScheme(bits, group)
+    weights = [QuantizedWeight(*pair, scheme) for pair in zip(packed, scales, strict=True)]
+    outs = _backend(x).linears_quantized(x.reshape(-1, weights[0].in_features), weights)
+    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+
+
+def _linears_quantized_shape(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], bits: int, group: int
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], scale.shape[0]) for scale in scales]
 
 
 def _linear_float(x: Tensor, weight: Tensor) -> Tensor:
@@ -257,6 +337,15 @@ def _add_routed_experts_shape(
     _check_out(out, hidden)
 
 
+def _add_contributions(out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
+    _check_out(out, contributions[:, 0])
+    _backend(out).add_contributions(out, contributions, topk_ids)
+
+
+def _add_contributions_shape(out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
+    _check_out(out, contributions[:, 0])
+
+
 def _check_out(out: Tensor, hidden: Tensor) -> None:
     assert out.dtype == torch.float32, f"sums of experts are fp32, not {out.dtype}"
     assert out.is_contiguous(), "sums of experts are contiguous"
@@ -289,16 +378,23 @@ _CHOICES = (
     "int intermediate_size, int bits, int group_size, str activation, bool weight_on_input, "
     "int begin, int end"
 )
-_OPS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
+_Result = Tensor | list[Tensor] | None
+_OPS: dict[str, tuple[Callable[..., _Result], Callable[..., _Result]]] = {
     "linear_quantized(Tensor x, Tensor packed, Tensor scale, int bits, int group_size) -> Tensor": (
         _linear_quantized,
         _linear_quantized_shape,
     ),
+    "linears_quantized(Tensor x, Tensor[] packed, Tensor[] scales, int bits, int group_size) "
+    "-> Tensor[]": (_linears_quantized, _linears_quantized_shape),
     "linear_float(Tensor x, Tensor weight) -> Tensor": (_linear_float, _linear_float_shape),
     f"routed_experts({_CHOICES}) -> Tensor": (_routed_experts, _routed_experts_shape),
     f"add_routed_experts(Tensor(a!) out, {_CHOICES}) -> ()": (
         _add_routed_experts,
         _add_routed_experts_shape,
+    ),
+    "add_contributions(Tensor(a!) out, Tensor contributions, Tensor topk_ids) -> ()": (
+        _add_contributions,
+        _add_contributions_shape,
     ),
 }
 _library = torch.library.Library("moecli", "DEF")

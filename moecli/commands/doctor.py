@@ -79,6 +79,7 @@ def all_checks(refresh: bool = False) -> Iterator[Check]:
     place = _existing(store.models_dir())
     machine = detect(place, gpu=True)
     yield _processor(machine)
+    yield _kernels()
     yield _ram(machine)
     yield _disk(place, machine)
     yield from _bandwidths(place, machine)
@@ -104,6 +105,16 @@ def _processor(machine: "Machine") -> Check:
     if _FAST_ISA.isdisjoint(machine.isa):
         return Check("warn", "processor", found, "moecli will be slow without AVX2 or NEON")
     return Check("ok", "processor", found)
+
+
+def _kernels() -> Check:
+    from quant import ops
+    from quant.errors import QuantError
+
+    try:
+        return Check("ok", "CPU kernels", f"compiled, {ops.cpu_isa()} is used")
+    except QuantError as error:
+        return Check("warn", "CPU kernels", error.message, error.hint)
 
 
 def _ram(machine: "Machine") -> Check:

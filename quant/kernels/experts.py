@@ -4,7 +4,7 @@ Legend: T tokens, k choices a token, E experts of a layer, H hidden, O out, I in
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ class TorchBackend:
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
         return self.multiply_quantized(x.float(), weight).to(x.dtype)
+
+    def linears_quantized(self, x: Tensor, weights: Sequence[QuantizedWeight]) -> list[Tensor]:
+        return [self.linear_quantized(x, weight) for weight in weights]
 
     def linear_float(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.multiply_float(x.float(), weight).to(x.dtype)
@@ -66,6 +69,9 @@ class TorchBackend:
     def add_routed_experts(self, out: Tensor, *args: Any, **kwargs: Any) -> None:
         """out fp32 [T, H] += the sum over choices of `routed_experts`, which takes the rest."""
         out += self.routed_experts(*args, **kwargs).sum(dim=1)
+
+    def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
+        out += contributions.sum(dim=1)
 
     def _expert(self, x: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
         """x fp32 [n, H] -> fp32 [n, H]"""

@@ -1,6 +1,7 @@
 """Knows which Triton kernels serve which op; each module is imported when it is first needed."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ class TritonBackend:
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
         result: Tensor = _kernels("linear").linear_quantized(x, weight)
         return result
+
+    def linears_quantized(self, x: Tensor, weights: Sequence[QuantizedWeight]) -> list[Tensor]:
+        return [self.linear_quantized(x, weight) for weight in weights]
 
     def linear_float(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == weight.dtype:
@@ -81,6 +85,9 @@ class TritonBackend:
             weight_on_input=weight_on_input,
             span=span,
         )
+
+    def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
+        out += contributions.sum(dim=1)
 
 
 def _kernels(name: str) -> Any:

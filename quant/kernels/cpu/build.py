@@ -1,0 +1,106 @@
+"""Knows how the library of kernels for the processor is compiled, and imports nothing else of ours.
+
+`python -m quant.kernels.cpu.build` compiles it where it belongs; `pip install` does the same. One
+binary runs on every processor of an architecture: what needs newer instructions is compiled by
+itself, and chosen when it is loaded.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = HERE / "src"
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+LIBRARY_NAME = f"libmoecli_cpu{_SUFFIX}"
+LIBRARY = HERE / LIBRARY_NAME
+
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"),
+    "-ffp-contract=off",  # a sum of contributions must not depend on where it is computed
+)
+_ASAN_FLAGS = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_COMMON = ("api", "isa", "linear", "moe", "pool")
+_PORTABLE = {"kernels_portable": ()}
+_X86 = {
+    "kernels_avx2": _AVX2,
+    "kernels_avxvnni": (*_AVX2, "-mavxvnni"),
+    "kernels_avx512vnni": (
+        *_AVX2,
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+    ),
+}
+
+
+class BuildError(Exception):
+    """There is no compiler, or it refused; the message holds what it said."""
+
+
+def compiler() -> list[str]:
+    """The command of a C++ compiler: that of CXX, or the first one found. Raises BuildError."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"there is no C++ compiler: {' '.join(asked) or 'c++, g++, clang++'}")
+
+
+def build(target: Path = LIBRARY, *, asan: bool = False) -> Path:
+    """Compile the library to `target`, which is replaced at once or not at all."""
+    command = compiler()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    common = ("-DMOECLI_X86",) if x86 else ()
+    units: dict[str, tuple[str, ...]] = {name: common for name in _COMMON}
+    units |= _PORTABLE | (_X86 if x86 else {})
+    flags = [*_FLAGS, *(_ASAN_FLAGS if asan else ())]
+    with tempfile.TemporaryDirectory(dir=_directory(target)) as work:
+        objects = [Path(work) / f"{name}.o" for name in units]
+
+        def compile_unit(unit: tuple[Path, str, tuple[str, ...]]) -> None:
+            output, name, own = unit
+            source = SOURCES / f"{name}.cpp"
+            _run([*command, *flags, *own, "-c", str(source), "-o", str(output)])
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(compile_unit, zip(objects, units, units.values(), strict=True)))
+        linked = Path(work) / target.name
+        extra = ["-fsanitize=address"] if asan else []
+        if sys.platform == "linux" and not asan:
+            extra += ["-static-libstdc++", "-static-libgcc"]
+        _run([*command, "-shared", "-pthread", *extra, *map(str, objects), "-o", str(linked)])
+        os.replace(linked, target)
+    return target
+
+
+def _directory(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr.strip()}")
+
+
+def main(arguments: list[str]) -> int:
+    """`[--asan] [TARGET]`"""
+    asan = "--asan" in arguments
+    paths = [Path(argument) for argument in arguments if argument != "--asan"]
+    try:
+        print(build(*paths, asan=asan))
+    except BuildError as error:
+        print(f"the kernels for the processor could not be compiled: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+// Knows the C interface of the library: what quant/kernels/cpu/library.py calls, by plain types.
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "isa.h"
+#include "linear.h"
+#include "moe.h"
+
+#if defined(_WIN32)
+#define MOECLI_API extern "C" __declspec(dllexport)
+#else
+#define MOECLI_API extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace moecli;
+
+namespace {
+
+// 0, or 1 where memory is short: no exception crosses the border.
+template <class Function>
+int guarded(Function function) {
+  try {
+    function();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+// Changes whenever a signature below does.
+MOECLI_API int moecli_abi() { return 1; }
+
+// Name number `index` of the kernels that this processor can run, fastest first, or null.
+MOECLI_API const char* moecli_isa(int index) { return kernels_name(index); }
+
+MOECLI_API const void* moecli_kernels(const char* name) { return find_kernels(name); }
+
+// 2 where a choice is no expert; then nothing was computed.
+MOECLI_API int moecli_routed_experts(const void* kernels, const MoeCall* call, int threads) {
+  for (int64_t i = 0; i < call->tokens * call->choices; ++i) {
+    if (call->ids[i] < 0 || call->ids[i] >= call->experts) return 2;
+  }
+  return guarded([&] { routed_experts(*static_cast<const Kernels*>(kernels), *call, threads); });
+}
+
+MOECLI_API int moecli_sum_contributions(const void* kernels, const float* contributions,
+                                        const int64_t* ids, int64_t tokens, int64_t choices,
+                                        int64_t hidden_size, float* out, int threads) {
+  return guarded([&] {
+    sum_contributions(*static_cast<const Kernels*>(kernels), contributions, ids, tokens, choices,
+                      hidden_size, out, threads);
+  });
+}
+
+MOECLI_API int moecli_linears(const void* kernels, const float* x, int64_t tokens,
+                              const Linear* all, int count, int threads) {
+  return guarded(
+      [&] { linears(*static_cast<const Kernels*>(kernels), x, tokens, all, count, threads); });
+}
+
+MOECLI_API int moecli_linear_float(const void* kernels, const float* x, int64_t tokens,
+                                   const uint8_t* weight, int type, int64_t rows, int64_t in,
+                                   float* out, int threads) {
+  return guarded([&] {
+    linear_float(*static_cast<const Kernels*>(kernels), x, tokens, weight,
+                 static_cast<FloatType>(type), rows, in, out, threads);
+  });
+}

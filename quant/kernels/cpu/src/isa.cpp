@@ -1,0 +1,69 @@
+// Knows which instruction sets this processor has; see isa.h.
+#include "isa.h"
+
+#include <cstring>
+
+namespace moecli {
+
+extern const Kernels kPortable;
+#ifdef MOECLI_X86
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;
+#endif
+
+namespace {
+
+struct Variant {
+  const Kernels* kernels;
+  bool (*runs)();
+};
+
+#ifdef MOECLI_X86
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+// Compilers of 2022 do not know this name yet: leaf 7, sub-leaf 1, bit 4 of EAX.
+bool has_avxvnni() {
+  unsigned a = 7, b = 0, c = 1, d = 0;
+  asm volatile("cpuid" : "+a"(a), "+b"(b), "+c"(c), "+d"(d));
+  return has_avx2() && (a >> 4 & 1);
+}
+
+bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+const Variant kVariants[] = {
+#ifdef MOECLI_X86
+    {&kAvx512Vnni, has_avx512vnni},
+    {&kAvxVnni, has_avxvnni},
+    {&kAvx2, has_avx2},
+#endif
+    {&kPortable, [] { return true; }},
+};
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+  for (const Variant& variant : kVariants) {
+    if (!std::strcmp(variant.kernels->name, name)) {
+      return variant.runs() ? variant.kernels : nullptr;
+    }
+  }
+  return nullptr;
+}
+
+const char* kernels_name(int index) {
+  for (const Variant& variant : kVariants) {
+    if (variant.runs() && index-- == 0) return variant.kernels->name;
+  }
+  return nullptr;
+}
+
+const Kernels* best_kernels() { return find_kernels(kernels_name(0)); }
+
+}  // namespace moecli

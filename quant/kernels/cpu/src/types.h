@@ -1,0 +1,85 @@
+// Knows the values that all files share: a weight as it lies in memory, and who computes.
+//
+// Legend: T tokens, O out, I in features, L lanes: 32-bit values of one vector register.
+#pragma once
+
+#include <cstdint>
+
+namespace moecli {
+
+// A quantized weight [O, I], or a part of one: rows of packed codes, and of bf16 scales. Neither
+// has an alignment. A row's codes are those of the file format: at 4 bits byte b holds elements 2b
+// (low) and 2b+1 (high), at 8 bits byte b is element b; what is stored is q + 2^(bits-1).
+struct Matrix {
+  const uint8_t* packed;
+  const uint8_t* scale;
+  int64_t packed_stride;  // bytes from row to row
+  int64_t scale_stride;   // bytes from row to row
+  int64_t in;             // a multiple of `group`
+  int bits;               // 4 or 8
+  int group;              // 32, 64 or 128
+};
+
+enum FloatType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum Activation { kSilu = 0 };
+
+// What one instruction set offers. Activations are quantized to 8 bits in two forms, each made for
+// the kernel that reads it: "rows" for few tokens, "tiles" for
+// many; the integers are the same in both, 32 elements a scale.
+struct Kernels {
+  const char* name;
+
+  // Rows: the activations of one token, as `rows_nbytes` bytes.
+  int64_t (*rows_nbytes)(int64_t in, int bits);
+  // Zeroes what lies behind the last element.
+  void (*rows_pad)(int64_t in, int bits, uint8_t* out);
+  // Elements begin..begin+count-1, both multiples of 32, of factor * x.
+  void (*rows_quantize)(const float* x, float factor, int64_t begin, int64_t count, int bits,
+                        uint8_t* out);
+  // out[t * ld + r] = row (row0 + r) of m times token t, for `rows` rows. `next`: the codes that
+  // this thread will probably read afterwards, fetched towards the end; or null.
+  void (*rows_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
+                      float* out, int64_t ld, const uint8_t* next);
+
+  // Tiles: a token is quantized by itself; blocks of up to `block` tokens are then interleaved.
+  int block;
+  int64_t (*plain_nbytes)(int64_t in);
+  void (*plain_quantize)(const float* x, int64_t begin, int64_t count, int bits, uint8_t* out,
+                         int64_t in);
+  int64_t (*block_nbytes)(int64_t in, int n);
+  // Groups begin..begin+count-1, of 32 elements, of token `slot` of n; its scales times factor.
+  void (*block_insert)(const uint8_t* plain, int64_t in, int64_t begin, int64_t count, float factor,
+                       int slot, int n, uint8_t* out);
+  int64_t (*tiles_scratch)(int64_t in, int bits);
+  // out[t * ld + r] for all tokens of all blocks; `rows` is at most `tiles_rows`.
+  int tiles_rows;
+  void (*tiles_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int n,
+                       float* out, int64_t ld, uint8_t* scratch, const uint8_t* next);
+
+  // out = activation(gate) * up
+  void (*activate)(Activation kind, const float* gate, const float* up, float* out, int64_t count);
+  // out += factor * y, rounded twice: as if factor * y had been stored
+  void (*add_scaled)(const float* y, float factor, float* out, int64_t count);
+  void (*store_scaled)(const float* y, float factor, float* out, int64_t count);
+  // out[t * ld + r] = row (row0 + r) of a float weight times x[t * x_stride ...]
+  void (*float_matmul)(const uint8_t* weight, FloatType type, int64_t in, int64_t row0,
+                       int64_t rows, const float* x, int64_t x_stride, int n, float* out,
+                       int64_t ld);
+};
+
+namespace {  // of each file its own: see kernels.h
+
+// How n tokens are cut into blocks of at most `block`: as even as can be.
+struct Blocks {
+  int count, base, longer;  // the first `longer` blocks have base + 1 tokens, the others base
+
+  Blocks(int n, int block)
+      : count((n + block - 1) / block),
+        base(count ? n / count : 0),
+        longer(count ? n % count : 0) {}
+  int size(int b) const { return base + (b < longer ? 1 : 0); }
+  int first(int b) const { return b * base + (b < longer ? b : longer); }
+};
+
+}  // namespace
+}  // namespace moecli

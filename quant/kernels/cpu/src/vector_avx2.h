@@ -1,0 +1,178 @@
+// Knows vectors of 256 bits with AVX2 and FMA, and with AVX-VNNI where the compiler may use it.
+// Included by one file for each of the two.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Vec {
+  static constexpr int L = 8;  // 32-bit lanes
+  static constexpr int kBlock = 4;  // tokens of a block that fit the registers
+  using F = __m256;
+  using I = __m256i;
+  using B = __m256i;  // 4 bytes a lane
+
+  static B load_bytes(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static B load_bytes(const uint8_t* p, int64_t n) {
+    uint8_t whole[32] = {};
+    std::memcpy(whole, p, static_cast<size_t>(n));
+    return load_bytes(whole);
+  }
+  static B repeat_4_bytes(const uint8_t* p) {
+    int32_t value;
+    std::memcpy(&value, p, 4);
+    return _mm256_set1_epi32(value);
+  }
+  static B low_nibbles(B b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
+  static B high_nibbles(B b) {
+    return _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(15));
+  }
+
+  // Loads are what these kernels run out of: what is used twice stays in a register.
+  template <class V>
+  static V keep(V value) {
+    asm("" : "+x"(value));
+    return value;
+  }
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F repeat(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static float sum(F a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  static I load_ints(const uint8_t* p) { return load_bytes(p); }
+  static I repeat_int(const uint8_t* p) { return repeat_4_bytes(p); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static I round(F a) { return _mm256_cvtps_epi32(a); }
+  static F power_of_2(I a) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(a, _mm256_set1_epi32(127)), 23));
+  }
+
+  // n bf16 values, each spread over L / n lanes.
+  template <int n>
+  static F spread_bf16(const uint8_t* p) {
+    if constexpr (n == 1) {
+      uint16_t value;
+      std::memcpy(&value, p, 2);
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(short(value)), 16));
+    } else {
+      static_assert(n == 2, "1 or 2");
+      int32_t pair;
+      std::memcpy(&pair, p, 4);
+      const int first = 0x01008080, second = 0x03028080;
+      const __m256i where = _mm256_set_epi32(second, second, second, second, first, first, first,
+                                             first);
+      return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(pair), where));
+    }
+  }
+  // Of 2 bf16 values in each lane one.
+  static F low_bf16(I pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
+  static F high_bf16(I pair) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(int(0xffff0000))));
+  }
+  // L values that follow each other.
+  static F load_bf16(const uint8_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static F load_fp16(const uint8_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  // out[i * L + r] = 4 bytes i of row r, for L rows of 4 * L bytes.
+  static void transpose(const uint8_t* rows, int64_t stride, uint8_t* out) {
+    const auto two = [&](int row, int column) {  // 16 bytes of rows row and row + 4
+      const uint8_t* p = rows + row * stride + column;
+      const auto part = [&](int r) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * r * stride));
+      };
+      return _mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(1), 1);
+    };
+    for (int column = 0; column < 32; column += 16) {
+      const __m256i a = two(0, column), b = two(1, column);
+      const __m256i c = two(2, column), d = two(3, column);
+      const __m256i ab = _mm256_unpacklo_epi32(a, b), ab2 = _mm256_unpackhi_epi32(a, b);
+      const __m256i cd = _mm256_unpacklo_epi32(c, d), cd2 = _mm256_unpackhi_epi32(c, d);
+      __m256i* o = reinterpret_cast<__m256i*>(out + column * L);
+      _mm256_storeu_si256(o, _mm256_unpacklo_epi64(ab, cd));
+      _mm256_storeu_si256(o + 1, _mm256_unpackhi_epi64(ab, cd));
+      _mm256_storeu_si256(o + 2, _mm256_unpacklo_epi64(ab2, cd2));
+      _mm256_storeu_si256(o + 3, _mm256_unpackhi_epi64(ab2, cd2));
+    }
+  }
+
+#ifdef __AVXVNNI__
+  template <int bits>
+  struct Dot {
+    static constexpr int kExcess = 1 << (bits - 1);
+    using Acc = __m256i;
+    using W = __m256i;
+    static W codes(B b) { return b; }
+    static Acc start(I offset) { return offset; }
+    static Acc add(Acc acc, W w, B x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
+    static I finish(Acc acc, I) { return acc; }
+  };
+#else
+  // 4 bits: 8 additions of two products of 15 * 127 stay within 16 bits, and that is what the
+  // kernels make of them: 32 elements of a lane, or fewer.
+  template <int bits>
+  struct Dot {
+    static_assert(bits == 4, "8 bits are another matter");
+    static constexpr int kExcess = 8;
+    using Acc = __m256i;
+    using W = __m256i;
+    static W codes(B b) { return b; }
+    static Acc start(I) { return _mm256_setzero_si256(); }
+    static Acc add(Acc acc, W w, B x) {
+      return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x));
+    }
+    static I finish(Acc acc, I offset) {
+      return _mm256_add_epi32(offset, _mm256_madd_epi16(acc, _mm256_set1_epi16(1)));
+    }
+  };
+#endif
+};
+
+#ifndef __AVXVNNI__
+// 8 bits: codes up to 255 would overflow 16 bits, magnitudes up to 128 do not. The sign goes to
+// the activation, which is never -128, so nothing is in excess.
+template <>
+struct Vec::Dot<8> {
+  static constexpr int kExcess = 0;
+  using Acc = __m256i;
+  struct W {
+    __m256i magnitude, value;
+  };
+  static W codes(B b) {
+    const __m256i value = _mm256_xor_si256(b, _mm256_set1_epi8(-128));
+    return {_mm256_abs_epi8(value), value};
+  }
+  static Acc start(I) { return _mm256_setzero_si256(); }
+  static Acc add(Acc acc, W w, B x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static I finish(Acc acc, I) { return acc; }
+};
+#endif
+
+}  // namespace

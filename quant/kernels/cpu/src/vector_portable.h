@@ -1,0 +1,180 @@
+// Knows vectors as short arrays, for any processor; loops are such as compilers vectorise.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Vec {
+  static constexpr int L = 8;
+  static constexpr int kBlock = 4;
+  struct F {
+    float v[L];
+  };
+  struct I {
+    int32_t v[L];
+  };
+  struct B {
+    uint8_t v[4 * L];
+  };
+
+  template <class Function>
+  static F each(Function function) {
+    F out;
+    for (int i = 0; i < L; ++i) out.v[i] = function(i);
+    return out;
+  }
+
+  static B load_bytes(const uint8_t* p) {
+    B out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+  static B load_bytes(const uint8_t* p, int64_t n) {
+    B out = {};
+    std::memcpy(out.v, p, static_cast<size_t>(n));
+    return out;
+  }
+  static B repeat_4_bytes(const uint8_t* p) {
+    B out;
+    for (int i = 0; i < 4 * L; ++i) out.v[i] = p[i % 4];
+    return out;
+  }
+  static B low_nibbles(B b) {
+    for (int i = 0; i < 4 * L; ++i) b.v[i] &= 15;
+    return b;
+  }
+  static B high_nibbles(B b) {
+    for (int i = 0; i < 4 * L; ++i) b.v[i] >>= 4;
+    return b;
+  }
+
+  template <class V>
+  static V keep(V value) {
+    return value;
+  }
+
+  static F zero() { return F{}; }
+  static F repeat(float x) {
+    return each([&](int) { return x; });
+  }
+  static F load(const float* p) {
+    F out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+  static void store(float* p, F x) { std::memcpy(p, x.v, sizeof x.v); }
+  static F add(F a, F b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F sub(F a, F b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F mul(F a, F b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F div(F a, F b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  static F fma(F a, F b, F c) {
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  static F min(F a, F b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F max(F a, F b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static float sum(F a) {
+    return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
+  }
+
+  static I load_ints(const uint8_t* p) {
+    I out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+  static I repeat_int(const uint8_t* p) {
+    int32_t value;
+    std::memcpy(&value, p, 4);
+    I out;
+    for (int i = 0; i < L; ++i) out.v[i] = value;
+    return out;
+  }
+  static F to_float(I a) {
+    return each([&](int i) { return static_cast<float>(a.v[i]); });
+  }
+  static I round(F a) {
+    I out;
+    for (int i = 0; i < L; ++i) out.v[i] = static_cast<int32_t>(std::lrintf(a.v[i]));
+    return out;
+  }
+  static float from_bits(uint32_t bits) {
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+  }
+  static F power_of_2(I a) {
+    return each([&](int i) { return from_bits(static_cast<uint32_t>(a.v[i] + 127) << 23); });
+  }
+
+  static float bf16(const uint8_t* p) {
+    uint16_t value;
+    std::memcpy(&value, p, 2);
+    return from_bits(static_cast<uint32_t>(value) << 16);
+  }
+  template <int n>
+  static F spread_bf16(const uint8_t* p) {
+    return each([&](int i) { return bf16(p + 2 * (i * n / L)); });
+  }
+  // Of 2 bf16 values in each lane one.
+  static F low_bf16(I pair) {
+    return each([&](int i) { return from_bits(static_cast<uint32_t>(pair.v[i]) << 16); });
+  }
+  static F high_bf16(I pair) {
+    return each([&](int i) { return from_bits(static_cast<uint32_t>(pair.v[i]) & 0xffff0000); });
+  }
+  // L values that follow each other.
+  static F load_bf16(const uint8_t* p) {
+    return each([&](int i) { return bf16(p + 2 * i); });
+  }
+  static F load_fp16(const uint8_t* p) {
+    return each([&](int i) { return fp16(p + 2 * i); });
+  }
+  static float fp16(const uint8_t* p) {
+    uint16_t value;
+    std::memcpy(&value, p, 2);
+    const uint32_t sign = uint32_t(value & 0x8000) << 16, rest = value & 0x7fff;
+    if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+    // As an exponent that is 112 too small; subnormal numbers come right by the product.
+    return from_bits(sign | rest << 13) * 0x1p112f;
+  }
+
+  static void transpose(const uint8_t* rows, int64_t stride, uint8_t* out) {
+    for (int i = 0; i < L; ++i) {
+      for (int r = 0; r < L; ++r) std::memcpy(out + 4 * (i * L + r), rows + r * stride + 4 * i, 4);
+    }
+  }
+
+  template <int bits>
+  struct Dot {
+    static constexpr int kExcess = 1 << (bits - 1);
+    using Acc = I;
+    using W = B;
+    static W codes(B b) { return b; }
+    static Acc start(I offset) { return offset; }
+    static Acc add(Acc acc, const W& w, const B& x) {
+      for (int i = 0; i < L; ++i) {
+        int32_t sum = 0;
+        for (int j = 4 * i; j < 4 * i + 4; ++j) sum += int32_t(w.v[j]) * int8_t(x.v[j]);
+        acc.v[i] += sum;
+      }
+      return acc;
+    }
+    static I finish(Acc acc, I) { return acc; }
+  };
+};
+
+}  // namespace
