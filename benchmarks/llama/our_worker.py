@@ -24,6 +24,7 @@ from moecli.engine import Engine
 from moecli.models.moe import MoeBlock
 from moecli.models.provider import ExpertProvider, Pending
 from offload.hardware import Machine
+from quant import ops
 from quant.scheme import QuantScheme
 
 
@@ -58,7 +59,12 @@ class Ours:
         if not plan.all_resident:
             raise RuntimeError(f"memory holds {plan.host_slots} of {plan.total_experts} experts")
         self._fill()
-        return {"threads": torch.get_num_threads(), "ram_nbytes": plan.ram_nbytes}
+        return {
+            "threads": torch.get_num_threads(),
+            "ram_nbytes": plan.ram_nbytes,
+            "kernels": kernels,
+            "isa": ops.cpu_isa() if ops.fallback() is None else None,
+        }
 
     def _fill(self) -> None:
         """Bring every expert to its place, by tokens that ask for all of them."""
