@@ -17,6 +17,7 @@ from moecli.measuring import with_compute
 from moecli.planning import plan_model
 from offload.hardware import Machine
 from offload.plan import MemoryPlan
+from quant import ops
 from quant.checkpoint import QuantizedCheckpoint
 
 Cancelled = Callable[[], bool]
@@ -64,7 +65,7 @@ def run_bench(
             model=subject.path.name,
             device=str(engine.decoder.device),
             threads=torch.get_num_threads(),
-            kernels=subject.engine_config.kernels,
+            kernels=_kernels(subject.engine_config.kernels, engine),
             ram_bw=rates.ram_bw,
             disk_bw=rates.disk_bw,
             link_bw=rates.link_bw,
@@ -114,6 +115,14 @@ def drop_page_cache(path: Path) -> bool:
         finally:
             os.close(descriptor)
     return True
+
+
+def _kernels(name: str, engine: Engine) -> str:
+    """Which compute, where "auto" has chosen; those in C++ by their instruction set too."""
+    if name == "auto":
+        slow = ops.fallback() is not None
+        name = "triton" if engine.decoder.device.type == "cuda" else "torch" if slow else "cpu"
+    return f"cpu {ops.cpu_isa()}" if name == "cpu" else name
 
 
 def _predicted(engine: Engine, config: EngineConfig, machine: Machine) -> MemoryPlan:

@@ -159,11 +159,8 @@ def compare(shop: Shop, match: Match) -> dict[str, Any]:
 
 
 def _warm(worker: Worker, settings: Settings) -> None:
-    """Brings weights into memory, and threads and buffers into being.
-
-    So long a prompt asks for every expert of every layer.
-    """
-    worker.ask("prefill", tokens=settings.ctx - 2)
+    """Brings weights into memory, and threads and buffers into being."""
+    worker.ask("prefill", tokens=settings.prompt_tokens)
     worker.ask("decode", tokens=_WARM_STEPS)
 
 

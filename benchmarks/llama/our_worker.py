@@ -24,6 +24,7 @@ from moecli.engine import Engine
 from moecli.models.moe import MoeBlock
 from moecli.models.provider import ExpertProvider, Pending
 from offload.hardware import Machine
+from quant import ops
 from quant.scheme import QuantScheme
 
 
@@ -57,7 +58,23 @@ class Ours:
         plan = self._engine.plan
         if not plan.all_resident:
             raise RuntimeError(f"memory holds {plan.host_slots} of {plan.total_experts} experts")
-        return {"threads": torch.get_num_threads(), "ram_nbytes": plan.ram_nbytes}
+        self._fill()
+        return {
+            "threads": torch.get_num_threads(),
+            "ram_nbytes": plan.ram_nbytes,
+            "kernels": kernels,
+            "isa": ops.cpu_isa() if ops.fallback() is None else None,
+        }
+
+    def _fill(self) -> None:
+        """Bring every expert to its place, by tokens that ask for all of them."""
+        spec, provider = self.engine.spec, _experts(self.engine)
+        top_k = spec.experts_per_token
+        ids = torch.arange(-(-spec.num_experts // top_k) * top_k) % spec.num_experts
+        ids = ids.view(-1, top_k)  # [T, k]
+        hidden = torch.zeros(len(ids), spec.hidden_size)  # [T, H]
+        for layer in spec.moe_layers:
+            provider.begin(layer, hidden, ids, torch.ones(ids.shape)).result()
 
     def close(self) -> None:
         if self._engine is not None:

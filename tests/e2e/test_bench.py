@@ -118,7 +118,8 @@ def test_answers_go_on_past_the_end_that_the_model_sees(
 def test_several_sequences_in_one_step_are_those_sequences(quantized_qwen3: Path) -> None:
     """Of different lengths, and as each would be alone."""
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
-    with Engine.open(quantized_qwen3, EngineConfig(ctx=32, device="cpu")) as engine:
+    config = EngineConfig(ctx=32, device="cpu", kernels="torch")  # which round no activations
+    with Engine.open(quantized_qwen3, config) as engine:
         alone = []
         for prompt in prompts:
             cache = engine.new_session().cache
@@ -220,6 +221,13 @@ def test_the_command_on_the_embedded_model(moecli: Command, quantized_demo: Path
     assert [row["test"] for row in content["rows"]] == ["pp8", "tg4", "pp8", "tg4"]
     assert content["plan"]["predicted_tok_s"] > 0
     assert content["peak_rss_nbytes"] > 0
+    assert content["kernels"].split()[0] in ("cpu", "torch")
+    assert (
+        json.loads(moecli("bench", quantized_demo, *flags, "--json", "--kernels", "reference").out)[
+            "kernels"
+        ]
+        == "reference"
+    )
 
 
 def test_random_tokens_are_not_kept_as_the_usage_of_experts(
