@@ -9,6 +9,8 @@ import pytest
 from moecli import selfcheck, store
 from moecli.commands import doctor
 from offload import bandwidth, hardware, measured
+from quant import ops
+from quant.kernels.cpu.library import BUILD_HINT, NoLibrary
 from tests.cli.fakes import write_model
 
 GIB = 1 << 30
@@ -344,6 +346,18 @@ def test_doctor_measures_a_card_anew(real_cli, models, monkeypatch) -> None:
     monkeypatch.setattr(bandwidth, "measure_link", lambda: 30e9)
     assert "ok    link speed    30.0 GB/s" in real_cli("doctor").out.splitlines()
     assert measured.with_bandwidths(card).link_bw == 30e9, "and others reckon with it"
+
+
+def test_doctor_says_how_to_get_compiled_kernels(real_cli, monkeypatch) -> None:
+    def missing() -> str:
+        raise NoLibrary("the kernels for the processor are not compiled", BUILD_HINT)
+
+    monkeypatch.setattr(ops, "cpu_isa", lambda: "avx9")
+    assert "ok    CPU kernels   compiled, avx9 is used" in real_cli("doctor").out.splitlines()
+    monkeypatch.setattr(ops, "cpu_isa", missing)
+    said = " ".join(real_cli("doctor").out.split())
+    assert "warn CPU kernels the kernels for the processor are not compiled" in said
+    assert "python -m quant.kernels.cpu.build" in said
 
 
 def test_doctor_finds_what_is_wrong(real_cli, home, monkeypatch) -> None:
