@@ -21,7 +21,7 @@ using Clock = std::chrono::steady_clock;
 // sooner than a sleeping thread wakes.
 constexpr auto kSpin = std::chrono::microseconds(200);
 // Whoever waits for others this long gives its core away: they may need it.
-constexpr int kSpinsBeforeYield = 20000;
+constexpr int kSpinsBeforeYield = 4000;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
