@@ -20,9 +20,9 @@ class Workers:
     """As many threads as torch has when they begin; until they end, torch has one a thread."""
 
     def __enter__(self) -> "Workers":
-        self._count = torch.get_num_threads()
+        self.count = torch.get_num_threads()
         torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self._count)
+        self._pool = ThreadPoolExecutor(self.count)
         return self
 
     def __exit__(
@@ -32,7 +32,7 @@ class Workers:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._count)
+        torch.set_num_threads(self.count)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """function(item) of each, in order; items are taken no more than needed to keep all busy.
@@ -43,7 +43,7 @@ class Workers:
         try:
             for item in items:
                 ahead.append(self._pool.submit(function, item))
-                if len(ahead) > self._count:
+                if len(ahead) > self.count:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
