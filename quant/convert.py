@@ -35,6 +35,8 @@ from quant.scheme import QuantScheme
 from quant.shard_writer import ShardWriter, writing
 from quant.shards import OutputPlan, PlacedUnit, Unit, plan_output, reading_order
 from quant.supply import AllThere, Supply
+from quant.tensor import QuantizedWeight
+from quant.workers import Workers
 
 SHARD_NBYTES = 5 * 10**9
 SOURCE_DIRECTORY = "source"  # in the partial directory: for files of the source on their way
@@ -122,8 +124,9 @@ def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> Con
         directory = os.open(job.partial, os.O_RDONLY)
     try:
         _lock(directory, job.partial)
-        conversion = _Conversion(job, plan, progress or (lambda _: None), started)
-        conversion.run()
+        with Workers() as workers:
+            conversion = _Conversion(job, plan, progress or (lambda _: None), started, workers)
+            conversion.run()
         with writing(job.out):
             os.fsync(directory)
             os.rename(job.partial, job.out)
@@ -141,6 +144,7 @@ class _Conversion:
     plan: OutputPlan
     progress: ProgressCallback
     started: float
+    workers: Workers
     reader: SliceReader = field(init=False)
     writers: dict[int, ShardWriter] = field(default_factory=dict)  # by number of file
     unsynced: set[int] = field(default_factory=set)
@@ -366,14 +370,17 @@ class _Conversion:
         """Packed words, block by block, then all scales."""
         scales: list[Tensor] = []
         error = SquaredError()
-        for block in self.reader.blocks(part):
+
+        def quantized(block: Tensor) -> tuple[QuantizedWeight, SquaredError]:
             try:
-                weight, block_error = quantize_measured(block, scheme)
+                return quantize_measured(block, scheme)
             except QuantError as failure:
                 raise QuantError(f"`{part.name}`: {failure.message}", failure.hint) from failure
+
+        for weight, made in self.workers.map(quantized, self.reader.blocks(part)):
             writer.write(memory_of(weight.packed))
             scales.append(weight.scale)
-            error += block_error
+            error += made
         for scale in scales:
             writer.write(memory_of(scale))
         return error

@@ -16,7 +16,7 @@ from quant.scheme import QuantScheme
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Tensors that need not be taken whole are read in blocks of about this many bytes.
-_BLOCK_NBYTES = 8 << 20
+_BLOCK_NBYTES = 4 << 20
 _TRANSPOSED_ROWS = 256
 
 

@@ -4,9 +4,11 @@ Legend: O out, I in features; g group size; G = I / g groups a row; r rows of a 
 
 A tile is worked on as [g, r, G], so that every operation is elementwise over long runs and a sum
 over a group is a fixed tree of additions: the result of a group depends on nothing but the group,
-neither on the tile nor on the machine.
+neither on the tile nor on the machine. Where kernels are compiled (quant/kernels/cpu), they do the
+search: the same operations in the same order, so the same result to the last bit.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantError
+from quant.kernels.cpu.library import Library, NoLibrary, library
+from quant.kernels.cpu.scales import search_scales
 from quant.pack import unpack
 from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
@@ -78,6 +82,9 @@ def _quantize(
     assert method in ("searched", "nearest"), f"unknown method {method}"
     out_features, in_features = weight.shape
     scheme.check_shape("weight", out_features, in_features)
+    compiled = _compiled() if method == "searched" else None
+    if compiled is not None:
+        return _searched(weight, scheme, compiled, measure)
     packed = torch.empty(scheme.packed_shape(out_features, in_features), dtype=torch.int32)
     scale = torch.empty(scheme.scale_shape(out_features, in_features), dtype=torch.bfloat16)
     rows = max(1, min(out_features, _TILE_VALUES // in_features))
@@ -98,6 +105,58 @@ def _quantize(
     return QuantizedWeight(packed, scale, scheme), errors, totals
 
 
+@functools.cache
+def _compiled() -> Library | None:
+    """The kernels that search as the tiles do, but faster: None where there are none, or only
+    those for any processor, which torch's own vectors surpass.
+    """
+    try:
+        found = library()
+    except NoLibrary:
+        return None
+    return None if found.isa == "portable" else found
+
+
+def _searched(
+    weight: Tensor, scheme: QuantScheme, compiled: Library, measure: bool
+) -> tuple[QuantizedWeight, list[float], list[float]]:
+    found = search_scales(compiled, weight, scheme, _quotients(scheme), _steps(scheme))
+    if found is None:
+        raise _not_finite()
+    quantized = QuantizedWeight(found.packed, found.scale, scheme)
+    if not measure:
+        return quantized, [], []
+    errors = _row_sums(found.errors, found.extremes)
+    return quantized, errors, _row_sums(found.squares, found.extremes)
+
+
+def _quotients(scheme: QuantScheme) -> list[float]:
+    """extreme / scale to try. Plain rounding comes first: nothing worse is ever kept."""
+    quotients = [float(scheme.zero_point - 1)]
+    if scheme.bits == 4:
+        first, last = _INT4_QUOTIENTS[scheme.group_size]
+        quotients += (-torch.linspace(first, last, _INT4_CANDIDATES)).tolist()
+    return quotients
+
+
+def _steps(scheme: QuantScheme) -> range:
+    """Neighbours in bf16 of extreme / lowest code to try."""
+    return _INT8_STEPS if scheme.bits == 8 else range(0)
+
+
+def _row_sums(values: Tensor, extreme: Tensor) -> list[float]:
+    """Sums [r] of [r, G], given in units of the squared extremes."""
+    sums: list[float] = (values.double() * extreme.double().square_()).sum(1).tolist()
+    return sums
+
+
+def _not_finite() -> QuantError:
+    return QuantError(
+        "weights hold NaN, infinite or absurdly large values",
+        "the checkpoint is damaged or its training diverged; download it again",
+    )
+
+
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values [O, I] in `dtype`: the product of code and scale, rounded once."""
     q = unpack(weight.packed, weight.scheme.bits, weight.in_features)  # [O, I]
@@ -113,11 +172,7 @@ class _Tile:
         self.scheme = scheme
         self.low, self.high = -scheme.zero_point, scheme.zero_point - 1
         self.buffers = [torch.empty(scheme.group_size, rows, groups) for _ in range(3)]
-        quotients = [float(self.high)]  # plain rounding comes first: nothing worse is ever kept
-        if scheme.bits == 4:
-            first, last = _INT4_QUOTIENTS[scheme.group_size]
-            quotients += (-torch.linspace(first, last, _INT4_CANDIDATES)).tolist()
-        self.quotients = torch.tensor(quotients).view(-1, 1, 1)
+        self.quotients = torch.tensor(_quotients(scheme)).view(-1, 1, 1)
 
     def load(self, weight: Tensor) -> None:
         """Take the next rows, [r, I]."""
@@ -128,10 +183,7 @@ class _Tile:
         magnitude = extreme.abs()
         # NaN and infinity of any value show in the extreme of its group.
         if not bool(magnitude.max() < _MAX_MAGNITUDE):
-            raise QuantError(
-                "weights hold NaN, infinite or absurdly large values",
-                "the checkpoint is damaged or its training diverged; download it again",
-            )
+            raise _not_finite()
         self.extreme = torch.where(magnitude < _MIN_MAGNITUDE, 1.0, extreme)
 
     def nearest(self) -> None:
@@ -168,24 +220,19 @@ class _Tile:
 
     def row_errors(self) -> list[float]:
         """Squared error of each row."""
-        return self._row_sums(self._error_of(self.scale))
+        return _row_sums(self._error_of(self.scale), self.extreme)
 
     def row_squares(self) -> list[float]:
         """Sum of squares of each row."""
         torch.mul(self.x, self.extreme.reciprocal(), out=self.t)
-        return self._row_sums(self._group_sum(self.t.mul_(self.t)))
-
-    def _row_sums(self, values: Tensor) -> list[float]:
-        """Sums [r] of [r, G], given in units of the squared extremes."""
-        sums: list[float] = (values.double() * self.extreme.double().square_()).sum(1).tolist()
-        return sums
+        return _row_sums(self._group_sum(self.t.mul_(self.t)), self.extreme)
 
     def _candidates(self) -> Tensor:
         """Scales [C, r, G] to try."""
         scales = self.extreme.div(self.quotients).bfloat16()
-        if self.scheme.bits == 8:
+        if steps := _steps(self.scheme):
             middle = (self.extreme / self.low).bfloat16().view(torch.int16)
-            near = [(middle + step).view(torch.bfloat16) for step in _INT8_STEPS]
+            near = [(middle + step).view(torch.bfloat16) for step in steps]
             scales = torch.cat((scales, torch.stack(near)))
         return scales.float()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from quant.errors import QuantError
 from quant.kernels.cpu.build import LIBRARY
 
-_ABI = 1  # of src/api.cpp
+_ABI = 2  # of src/api.cpp
 BUILD_HINT = (
     "install a C++ compiler (g++ or clang++) and run `python -m quant.kernels.cpu.build`, "
     "or use `--kernels torch`"
@@ -51,6 +51,19 @@ class MoeArgument(ctypes.Structure):
         *(("bits", ctypes.c_int), ("group", ctypes.c_int)),
         *(("activation", ctypes.c_int), ("weight_on_input", ctypes.c_bool)),
         *(("contributions", ctypes.c_void_p), ("sums", ctypes.c_void_p)),
+    )
+
+
+class SearchArgument(ctypes.Structure):
+    """`ScaleSearch` of src/types.h."""
+
+    _fields_ = (
+        *(("weight", ctypes.c_void_p), ("type", ctypes.c_int), ("groups", ctypes.c_int64)),
+        *(("bits", ctypes.c_int), ("group", ctypes.c_int)),
+        *(("quotients", ctypes.c_void_p), ("count", ctypes.c_int)),
+        *(("first_step", ctypes.c_int), ("end_step", ctypes.c_int)),
+        *(("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("errors", ctypes.c_void_p)),
+        *(("squares", ctypes.c_void_p), ("extremes", ctypes.c_void_p)),
     )
 
 
@@ -99,8 +112,13 @@ class Library:
     def linear_float(self, *arguments: int) -> None:
         _checked(self._dll.moecli_linear_float(self._kernels, *arguments))
 
+    def search_scales(self, search: SearchArgument, threads: int) -> bool:
+        """False where a weight is not finite, or too large."""
+        code = self._dll.moecli_search_scales(self._kernels, ctypes.byref(search), threads)
+        return _checked(code) != _NOT_FINITE
 
-_NO_EXPERT = 2
+
+_NO_EXPERT = _NOT_FINITE = 2
 
 
 def _checked(code: int) -> int:
@@ -140,4 +158,5 @@ def _load(path: Path) -> ctypes.CDLL:
     dll.moecli_linear_float.argtypes = (
         *(pointer, pointer, number, pointer, integer, number, number, pointer, integer),
     )
+    dll.moecli_search_scales.argtypes = (pointer, ctypes.POINTER(SearchArgument), integer)
     return dll

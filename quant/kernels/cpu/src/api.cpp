@@ -1,4 +1,6 @@
 // Knows the C interface of the library: what quant/kernels/cpu/library.py calls, by plain types.
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -6,6 +8,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "moe.h"
+#include "pool.h"
 
 #if defined(_WIN32)
 #define MOECLI_API extern "C" __declspec(dllexport)
@@ -31,7 +34,7 @@ int guarded(Function function) {
 }  // namespace
 
 // Changes whenever a signature below does.
-MOECLI_API int moecli_abi() { return 1; }
+MOECLI_API int moecli_abi() { return 2; }
 
 // Name number `index` of the kernels that this processor can run, fastest first, or null.
 MOECLI_API const char* moecli_isa(int index) { return kernels_name(index); }
@@ -68,4 +71,27 @@ MOECLI_API int moecli_linear_float(const void* kernels, const float* x, int64_t 
     linear_float(*static_cast<const Kernels*>(kernels), x, tokens, weight,
                  static_cast<FloatType>(type), rows, in, out, threads);
   });
+}
+
+// 2 where a weight is not finite, or too large; what was written then means nothing.
+MOECLI_API int moecli_search_scales(const void* kernels, const ScaleSearch* search, int threads) {
+  constexpr int64_t kGroups = 4096;  // of an item
+  const Kernels& k = *static_cast<const Kernels*>(kernels);
+  std::atomic<bool> fine{true};
+  const int code = guarded([&] {
+    auto body = [&](int64_t item) {
+      const int64_t begin = item * kGroups, end = std::min(begin + kGroups, search->groups);
+      if (!k.search_scales(*search, begin, end)) fine = false;
+    };
+    const int64_t items = (search->groups + kGroups - 1) / kGroups;
+    if (threads <= 1) {  // without the pool, whose callers wait for each other
+      for (int64_t item = 0; item < items; ++item) body(item);
+      return;
+    }
+    Pool& pool = Pool::instance();
+    const auto lock = pool.acquire();
+    const Phase phase = Phase::of(items, body);
+    pool.run(threads, &phase, 1);
+  });
+  return code ? code : fine ? 0 : 2;
 }

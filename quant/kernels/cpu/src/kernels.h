@@ -4,6 +4,7 @@
 
 #include "floats.h"
 #include "rows.h"
+#include "scales.h"
 #include "tiles.h"
 
 namespace {
@@ -12,7 +13,7 @@ constexpr moecli::Kernels kernels_called(const char* name) {
   return {name,         rows_nbytes,    rows_pad,     rows_quantize, rows_matmul,
           Vec::kBlock,  plain_nbytes,   plain_quantize, block_nbytes, block_insert,
           tiles_scratch, kTiles * Vec::L, tiles_matmul, activate,    add_scaled,
-          store_scaled, float_matmul};
+          store_scaled, float_matmul,   search_scales};
 }
 
 }  // namespace

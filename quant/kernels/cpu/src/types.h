@@ -23,6 +23,23 @@ struct Matrix {
 enum FloatType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Activation { kSilu = 0 };
 
+// The search for the scales of a weight, whose groups lie one after the other; see scales.h.
+struct ScaleSearch {
+  const uint8_t* weight;
+  FloatType type;
+  int64_t groups;
+  int bits;   // 4 or 8
+  int group;  // 32, 64 or 128
+  const float* quotients;  // extreme / scale, of those to try; the first is kept on a tie
+  int count;
+  int first_step, end_step;  // neighbours in bf16 of extreme / lowest code, to try too
+  uint8_t* packed;
+  uint16_t* scale;
+  float* errors;    // of each group: squared error, and sum of squares, in units of its squared
+  float* squares;   // extreme
+  float* extremes;  // largest magnitude, with its sign
+};
+
 // What one instruction set offers. Activations are quantized to 8 bits in two forms, each made for
 // the kernel that reads it: "rows" for few tokens, "tiles" for
 // many; the integers are the same in both, 32 elements a scale.
@@ -65,6 +82,8 @@ struct Kernels {
   void (*float_matmul)(const uint8_t* weight, FloatType type, int64_t in, int64_t row0,
                        int64_t rows, const float* x, int64_t x_stride, int n, float* out,
                        int64_t ld);
+  // Groups begin..end-1; false where a weight is not finite, or too large.
+  bool (*search_scales)(const ScaleSearch& search, int64_t begin, int64_t end);
 };
 
 namespace {  // of each file its own: see kernels.h
