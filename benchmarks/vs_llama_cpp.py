@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = _settings(options)
     settings.work.mkdir(parents=True, exist_ok=True)
     matches = [match for match in MATCHES if match.ours.name in options.kinds]
-    run = {**_machine(settings), "command": sys.argv[1:]}
+    run = _machine(settings)
     report: dict[str, Any] = {"shapes": []}
     if options.json is not None and options.add:
         report = read_json(options.json) or report
@@ -134,6 +134,8 @@ def _machine(settings: Settings) -> dict[str, Any]:
         "threads": settings.threads,
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
+        "alternations": settings.alternations,
+        "kernels": settings.kernels,
     }
 
 
