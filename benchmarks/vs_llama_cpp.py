@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.report import plain, write_json
+from benchmarks.gpu.report import plain, read_json, write_json
 from benchmarks.llama.compare import MATCHES, Settings, Shop, compare
 from benchmarks.llama.report import summarize, tables
 from benchmarks.llama.shapes import SHAPES, TINY, Shape
@@ -36,7 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
     settings = _settings(options)
     settings.work.mkdir(parents=True, exist_ok=True)
     matches = [match for match in MATCHES if match.ours.name in options.kinds]
-    report: dict[str, Any] = {**_machine(settings), "command": sys.argv[1:], "shapes": []}
+    run = _machine(settings)
+    report: dict[str, Any] = {"shapes": []}
+    if options.json is not None and options.add:
+        report = read_json(options.json) or report
+    done = len(report["shapes"])
     for shape in shapes:
         shop = Shop(shape, settings)
         print(f"{shape.name}: making models", file=sys.stderr, flush=True)
@@ -44,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.make_only:
             continue
         found: dict[str, Any] = {"name": shape.name, "note": shape.note, "config": shape.config}
-        report["shapes"].append(found | {"comparisons": []})
+        report["shapes"].append({**found, "run": run, "comparisons": []})
         for match in matches:
             print(f"{shape.name}: measuring {match.ours.name}", file=sys.stderr, flush=True)
             comparison = compare(shop, match)
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.keep:
             shutil.rmtree(settings.work / shape.name)
     if not options.make_only:
-        print(tables(report["shapes"]))
+        print(tables(report["shapes"][done:]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--work", type=Path, required=True, help="where models are made")
     parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--add", action="store_true", help="to what --json holds already")
     parser.add_argument("--shapes", nargs="+", help="some of them, by name")
     kinds = [match.ours.name for match in MATCHES]
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
@@ -129,6 +134,8 @@ def _machine(settings: Settings) -> dict[str, Any]:
         "threads": settings.threads,
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
+        "alternations": settings.alternations,
+        "kernels": settings.kernels,
     }
 
 

@@ -164,12 +164,14 @@ def stand_in(tmp_path: Path) -> str:
 def test_the_whole_script_in_tiny_sizes(tmp_path: Path, stand_in: str, capsys, monkeypatch) -> None:
     monkeypatch.setattr(compare, "measure_ram", lambda threads: 20e9)
     work, path = tmp_path / "work", tmp_path / "report.json"
-    flags = ["--tiny", "--threads", "1", "--alternations", "2", "--pp", "12", "--tg", "3"]
+    path.write_text('{"shapes": [{"name": "earlier"}]}')
+    flags = ["--add", "--tiny", "--threads", "1", "--alternations", "2", "--pp", "12", "--tg", "3"]
     flags += ["--sequences", "1", "2", "--shapes", "tiny-qwen3", "--kinds", "int4"]
     vs_llama_cpp.main([*flags, "--peer-python", stand_in, "--work", str(work), "--json", str(path)])
     report = json.loads(path.read_text())
-    assert report["peer"] == {"llama_cpp_python": "none"}
-    (shape,) = report["shapes"]
+    kept, shape = report["shapes"]
+    assert kept == {"name": "earlier"}
+    assert shape["run"]["peer"] == {"llama_cpp_python": "none"}
     (comparison,) = shape["comparisons"]
     assert comparison["ours"] == "int4"
     assert [peer["peer"] for peer in comparison["peers"]] == [k.name for k in MATCHES[0].theirs]
