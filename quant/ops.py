@@ -21,7 +21,7 @@ from quant.bnb import BnbWeight
 from quant.errors import QuantError
 from quant.kernels import reference, tiled
 from quant.kernels.cpu.backend import CpuBackend
-from quant.kernels.cpu.library import NoLibrary
+from quant.kernels.cpu.library import Library, NoLibrary
 from quant.kernels.experts import ACTIVATIONS, TorchBackend
 from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
@@ -103,6 +103,13 @@ def fallback() -> NoLibrary | None:
         _cpu_backend()
     except NoLibrary as missing:
         return missing
+    return None
+
+
+def compiled() -> Library | None:
+    """The kernels for the processor, if these compute there now."""
+    if _chosen == "cpu" or (_chosen == "auto" and _auto_cpu() == "cpu"):
+        return _cpu_backend().library
     return None
 
 

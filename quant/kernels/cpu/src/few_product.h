@@ -1,0 +1,52 @@
+// Knows products of few tokens with weights of either kind, as items of two phases: the input is
+// quantized, where a weight is, then rows are multiplied.
+#pragma once
+
+#include "types.h"
+
+namespace moecli {
+
+constexpr int kQuantized = -1;
+
+struct Weight {
+  Matrix matrix;      // of floats: `packed` is [rows, in], and `in` counts
+  int64_t rows;       // 0: there is no such weight
+  int type;           // kQuantized or a FloatType
+  const float* bias;  // [rows], or null
+
+  bool quantized() const { return type == kQuantized; }
+};
+
+// Weights of one input x [T, in]: all quantized with equal bits, or all of floats.
+struct FewProduct {
+  static constexpr int kMost = 3;
+
+  const Kernels& k;
+  int64_t tokens;
+  const float* x;
+  Weight weights[kMost];
+  float* outs[kMost];  // [T, rows] each
+  int count = 0;
+  uint8_t* codes = nullptr;  // codes_nbytes()
+
+  FewProduct(const Kernels& kernels, int64_t num_tokens, const float* input)
+      : k(kernels), tokens(num_tokens), x(input) {}
+  void add(const Weight& weight, float* out) {
+    weights[count] = weight;
+    outs[count++] = out;
+  }
+
+  int64_t in() const { return weights[0].matrix.in; }
+  int64_t codes_nbytes() const { return count ? tokens * stride() : 0; }
+  int64_t quantize_items() const;
+  void quantize(int64_t item) const;
+  int64_t multiply_items() const;
+  void multiply(int64_t item) const;
+  // Some rows of one weight, biases included: out[t * ld + r].
+  void rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld) const;
+
+ private:
+  int64_t stride() const;
+};
+
+}  // namespace moecli
