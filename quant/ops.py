@@ -359,6 +359,12 @@ def _check_out(out: Tensor, hidden: Tensor) -> None:
     assert out.shape == hidden.shape, f"out is {tuple(out.shape)}, hidden {tuple(hidden.shape)}"
 
 
+@functools.cache
+def _layout(hidden_size: int, intermediate_size: int, bits: int, group_size: int) -> ExpertLayout:
+    """One for all layers of a model: checking it takes longer than a call should."""
+    return ExpertLayout(hidden_size, intermediate_size, QuantScheme(bits, group_size))
+
+
 def _typed(
     hidden_size: int,
     intermediate_size: int,
@@ -370,7 +376,7 @@ def _typed(
     end: int,
 ) -> tuple[ExpertLayout, dict[str, Any]]:
     """What `_flat` has flattened: the layout, and the arguments by keyword."""
-    layout = ExpertLayout(hidden_size, intermediate_size, QuantScheme(bits, group_size))
+    layout = _layout(hidden_size, intermediate_size, bits, group_size)
     layout.check_span(begin, end)
     options = {
         "activation": activation,
