@@ -3,21 +3,21 @@
     python benchmarks/step_overhead.py [--threads N] [--position P] [--json FILE]
 
 A model of random weights with the shapes of Qwen3-30B-A3B's layers, all experts resident, experts
-INT4 in groups of 32 and the rest INT8 in groups of 128. In each round a step is timed, then the
-same step with products that do nothing, then how fast memory is read by as many threads. Two
-answers:
+INT4 in groups of 32 and the rest INT8 in groups of 128. In each round every layer of a step is
+timed, then every layer of the same step with products that do nothing, then how fast memory is read
+by as many threads. Two answers, for the median layer and for the fastest tenth of them, which is
+what a busy machine lets through:
 
-- `rest_share`: what is left of a step when its bytes are divided by the memory's bandwidth. Memory
-  is shared with all that runs on the machine, so this one needs a quiet one.
-- `without_products_us`: a layer when nothing is multiplied, so nothing but the KV cache is read.
+- `rest_share`: what is left of a layer when its bytes are divided by the memory's bandwidth.
+- `overhead_share`: a layer whose products do nothing, so that only the KV cache is read, as a part
+  of a whole one.
 
-Times are medians and the least of all rounds, in microseconds a layer unless they say otherwise.
+Times are in microseconds.
 """
 
 import argparse
 import ctypes
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -68,10 +68,24 @@ QWEN3_30B = {
     "mlp_only_layers": [],
 }
 EXPERTS, DENSE = QuantScheme(4, 32), QuantScheme(8, 128)
+READ_NBYTES = 128 << 20  # several times what caches hold
 BLOBS = 8  # experts of the file; all others are copies
 VOCABULARY = 151936  # of the released model, for what drawing a token costs
 # Where the table of kernels (src/types.h) has its products: pointers from its beginning.
 ROWS_MATMUL, FLOAT_MATMUL, TABLE = 4, 16, 21
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, at one quantile of speed."""
+
+    layer_us: float
+    bandwidth_gb_s: float
+    rest_share: float
+    overhead_us: float  # with products that do nothing; of which:
+    overhead_attention_us: float  # norms, attention over the cache, the choice of experts
+    overhead_experts_us: float  # bookkeeping, activations and their quantization
+    overhead_share: float
 
 
 @dataclass(frozen=True)
@@ -81,20 +95,12 @@ class Report:
     layers: int
     position: int
     rounds: int
-    read_nbytes: int  # of weights, a step
-    step_us: float  # a whole step, median
-    step_least_us: float
-    bandwidth_gb_s: float  # median
-    bandwidth_best_gb_s: float
-    rest_share: float  # of the median step, at the median bandwidth
-    rest_share_best: float  # of the least step, at the best bandwidth
-    without_products_us: float
-    without_products_least_us: float
-    share_of_step: float  # medians
-    share_of_step_least: float  # least of both
-    providers_us: float  # of which: Python and bookkeeping of routed experts
-    draw_greedy_us: float  # a token of VOCABULARY logits
-    draw_top_us: float  # with top-k 20, top-p 0.95, temperature 0.7
+    layer_nbytes: int  # of weights, a layer reads
+    median: Layer
+    fast: Layer  # the fastest tenth, of each number by itself
+    step_rest_us: float  # what a token costs beside the layers and the head's product, least
+    draw_greedy_us: float  # drawing from VOCABULARY logits, least
+    draw_top_us: float  # with temperature 0.7, top-k 20 and top-p 0.95
 
 
 class Model:
@@ -137,15 +143,14 @@ class Model:
         return (torch.randn(tensor.shape) * tensor.shape[-1] ** -0.5).bfloat16()
 
     @property
-    def read_nbytes(self) -> int:
-        """Bytes of weights that a step reads."""
-        spec, total = self.spec, 0
-        for tensor in spec.dense_tensors:
-            if tensor.linear:
-                total += tensor.numel + tensor.numel // DENSE.group_size * 2
-            elif tensor.name != "embed_tokens":
-                total += 2 * tensor.numel
-        return total + len(spec.moe_layers) * spec.experts_per_token * self.layout.nbytes
+    def layer_nbytes(self) -> int:
+        """Bytes of weights that a layer reads."""
+        total = self.spec.experts_per_token * self.layout.nbytes
+        for tensor in self.spec.dense_tensors:
+            if tensor.name.startswith("layers.0."):
+                scales = tensor.numel // DENSE.group_size * 2
+                total += tensor.numel + scales if tensor.linear else 2 * tensor.numel
+        return total
 
 
 def _quantized(rows: int, columns: int, scheme: QuantScheme, seed: int) -> QuantizedWeight:
@@ -177,15 +182,38 @@ def us(task: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - begin) / repeats * 1e6
 
 
-def providers_us(model: Model) -> float:
-    """What `begin` of the experts costs when their products do nothing."""
-    spec = model.spec
-    hidden = torch.randn(1, spec.hidden_size)
-    ids = torch.arange(spec.experts_per_token)[None]
-    weights = torch.full(ids.shape, 1 / spec.experts_per_token)
-    with no_products(), torch.inference_mode():
-        begin = model.provider.begin
-        return min(us(lambda: begin(0, hidden, ids, weights).result(), 20) for _ in range(20))
+class Clock:
+    """Times every layer of a decoder's steps, and what of it its experts took."""
+
+    def __init__(self, model: Model) -> None:
+        self.layers: list[float] = []
+        self.experts: list[float] = []
+        self._begin = model.provider.begin
+        model.provider.begin = self._timed_begin  # type: ignore[method-assign]
+        few = model.decoder._few_tokens()
+        assert few is not None, "the compiled kernels do not compute here"
+        few._layers = [self._timed(layer) for layer in few._layers]  # type: ignore[misc]
+
+    def _timed(self, layer: Any) -> Any:
+        def call(*arguments: Any) -> Tensor:
+            begin = time.perf_counter()
+            out: Tensor = layer(*arguments)
+            self.layers.append((time.perf_counter() - begin) * 1e6)
+            return out
+
+        call.call = layer.call  # type: ignore[attr-defined]
+        return call
+
+    def _timed_begin(self, *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        pending = self._begin(*arguments)
+        self.experts.append((time.perf_counter() - begin) * 1e6)
+        return pending
+
+    def take(self) -> tuple[list[float], list[float]]:
+        taken = self.layers, self.experts
+        self.layers, self.experts = [], []
+        return taken
 
 
 def draw_us(sampling: SamplingConfig) -> float:
@@ -193,53 +221,72 @@ def draw_us(sampling: SamplingConfig) -> float:
     return min(us(lambda: sample(logits, sampling, generator)) for _ in range(30))
 
 
+def quantile(values: list[float], part: float) -> float:
+    return sorted(values)[int(part * (len(values) - 1))]
+
+
 def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         model = Model(layers, position + 2, Path(folder))
-    tokens = torch.randint(0, model.spec.vocab_size, (position,))
-    model.decoder.forward(Batch.of(tokens, model.cache))
+    vocabulary = model.spec.vocab_size
+    prompt = torch.randint(0, vocabulary, (position,))
+    model.decoder.forward(Batch.of(prompt, model.cache))
+    clock = Clock(model)
 
     def step() -> None:
-        token = torch.randint(0, model.spec.vocab_size, (1,))
+        token = torch.randint(0, vocabulary, (1,))
         model.decoder.forward(Batch.of(token, model.cache))
         model.cache.truncate(position)
 
-    steps, without, bandwidths = [], [], []
+    whole, idle, idle_experts, rests, bandwidths = [], [], [], [], []
     for _ in range(rounds):
-        steps.append(us(step))
+        step()
+        whole += clock.take()[0]
         with no_products():
-            without.append(min(us(step) for _ in range(2)))
-        bandwidths.append((measure_ram(threads, 64 << 20) or 0.0) / 1e9)
-    read, median = model.read_nbytes, statistics.median
-    rest = [
-        1 - read / (band * 1e3) / time_us
-        for band, time_us in ((median(bandwidths), median(steps)), (max(bandwidths), min(steps)))
-    ]
-    report = Report(
+            for _ in range(3):
+                took = us(step)
+                some, experts = clock.take()
+                rests.append(took - sum(some))
+                idle += some
+                idle_experts += experts
+        bandwidths += [(measure_ram(threads, READ_NBYTES) or 0.0) / 1e9 for _ in range(3)]
+    nbytes = model.layer_nbytes
+
+    def at(part: float) -> Layer:
+        layer_us, overhead = quantile(whole, part), quantile(idle, part)
+        bandwidth, experts = quantile(bandwidths, 1 - part), quantile(idle_experts, part)
+        return Layer(
+            layer_us=layer_us,
+            bandwidth_gb_s=bandwidth,
+            rest_share=1 - nbytes / (bandwidth * 1e3) / layer_us,
+            overhead_us=overhead,
+            overhead_attention_us=overhead - experts,
+            overhead_experts_us=experts,
+            overhead_share=overhead / layer_us,
+        )
+
+    model.manager.close()
+    return Report(
         isa=ops.cpu_isa(),
         threads=threads,
         layers=layers,
         position=position,
         rounds=rounds,
-        read_nbytes=read,
-        step_us=median(steps),
-        step_least_us=min(steps),
-        bandwidth_gb_s=median(bandwidths),
-        bandwidth_best_gb_s=max(bandwidths),
-        rest_share=rest[0],
-        rest_share_best=rest[1],
-        without_products_us=median(without) / layers,
-        without_products_least_us=min(without) / layers,
-        share_of_step=median(without) / median(steps),
-        share_of_step_least=min(without) / min(steps),
-        providers_us=providers_us(model),
+        layer_nbytes=nbytes,
+        median=at(0.5),
+        fast=at(0.1),
+        step_rest_us=min(rests),
         draw_greedy_us=draw_us(SamplingConfig(temperature=0)),
         draw_top_us=draw_us(SamplingConfig(temperature=0.7, top_k=20, top_p=0.95)),
     )
-    model.manager.close()
-    return report
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -251,10 +298,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report = measure(options.layers, options.position, options.threads, options.rounds)
-    found: dict[str, Any] = {
-        name: round(value, 3) if isinstance(value, float) else value
-        for name, value in asdict(report).items()
-    }
+    found = rounded(asdict(report))
     print(json.dumps(found, indent=1))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -39,7 +39,6 @@ class Lookahead:
     def __init__(self, following: "DecoderLayer", guesses: int, tokens: range) -> None:
         assert isinstance(following.mlp, MoeBlock), "a guess about a layer without experts"
         self.block = following.mlp
-        self.router = following.mlp.router
         self.norm, self.eps = following.post_norm, following.eps
         self.guesses = guesses
         self.tokens = tokens
@@ -48,7 +47,7 @@ class Lookahead:
         """hidden [T, H]; tells the provider of experts."""
         if hidden.shape[0] not in self.tokens:
             return
-        logits = linear(rms_norm(hidden, self.norm, self.eps), self.router.weight)  # [T, E]
+        logits = linear(rms_norm(hidden, self.norm, self.eps), self.block.router.weight)  # [T, E]
         self.tell(logits.topk(self.guesses, dim=-1).indices)
 
     def tell(self, topk_ids: Tensor) -> None:

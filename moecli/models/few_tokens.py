@@ -200,7 +200,7 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
     router, guess = few.RouterArgument(), few.RouterArgument()
     found = [_fill_router(router, layer.mlp.router)] if isinstance(layer.mlp, MoeBlock) else []
     if layer.lookahead is not None:
-        found.append(_fill_router(guess, layer.lookahead.router))
+        found.append(_fill_router(guess, layer.lookahead.block.router))
         guess.top_k = layer.lookahead.guesses
     if q is None or k is None or v is None or o is None or not all(found):
         return None
@@ -219,10 +219,10 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
     )
 
 
-def _fill_router(argument: few.RouterArgument, router: Router) -> bool:
-    """False where its weight is of a kind that cannot be read."""
-    weight = few.weight_argument(router.weight)
-    if weight is None:
+def _fill_router(argument: few.RouterArgument, router: object) -> bool:
+    """False where it is a stand-in for one, or its weight of a kind that cannot be read."""
+    weight = few.weight_argument(router.weight) if isinstance(router, Router) else None
+    if not isinstance(router, Router) or weight is None:
         return False
     argument.weight, argument.top_k = weight, router.top_k
     argument.sigmoid, argument.normalize = router.kind == "sigmoid", router.normalize
