@@ -13,7 +13,7 @@ from torch import Tensor
 from quant.kernels.cpu.library import MatrixArgument
 from quant.tensor import QuantizedWeight
 
-MOST_TOKENS = 8  # `kFew` of src/few.h
+MOST_TOKENS = 8  # `kMostTokens` of src/few_product.h
 QUANTIZED = -1
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `FloatType` of src/types.h
 ROPES = {"none": 0, "interleaved": 1, "half": 2}  # `Rope`

@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-#include "few.h"
-
 namespace moecli {
 namespace {
 
@@ -40,19 +38,30 @@ int64_t FewProduct::multiply_items() const {
 }
 
 void FewProduct::multiply(int64_t item) const {
+  const int64_t whole = item;
   int i = 0;
   for (; item >= parts(weights[i].rows, kRows); ++i) item -= parts(weights[i].rows, kRows);
   const int64_t row = item * kRows, all = weights[i].rows;
-  rows(weights[i], row, std::min(kRows, all - row), outs[i] + row, all);
+  rows(weights[i], row, std::min(kRows, all - row), outs[i] + row, all, read_by(whole + threads));
 }
 
-void FewProduct::rows(const Weight& weight, int64_t row, int64_t some, float* out,
-                      int64_t ld) const {
+const uint8_t* FewProduct::read_by(int64_t item) const {
+  for (int i = 0; i < count; ++i) {
+    const Matrix& m = weights[i].matrix;
+    const int64_t items = parts(weights[i].rows, kRows);
+    if (item < items) return m.packed + item * kRows * m.packed_stride;
+    item -= items;
+  }
+  return then ? then->read_by(item) : nullptr;
+}
+
+void FewProduct::rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld,
+                      const uint8_t* next) const {
   const int n = static_cast<int>(tokens);
   if (weight.quantized()) {
-    const uint8_t* tokens_at[kFew];
+    const uint8_t* tokens_at[kMostTokens];
     for (int t = 0; t < n; ++t) tokens_at[t] = codes + t * stride();
-    k.rows_matmul(weight.matrix, row, some, tokens_at, n, out, ld);
+    k.rows_matmul(weight.matrix, row, some, tokens_at, n, out, ld, next);
   } else {
     k.float_matmul(weight.matrix.packed, static_cast<FloatType>(weight.type), in(), row, some, x,
                    in(), n, out, ld);

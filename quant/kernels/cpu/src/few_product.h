@@ -7,6 +7,7 @@
 namespace moecli {
 
 constexpr int kQuantized = -1;
+constexpr int kMostTokens = 8;
 
 struct Weight {
   Matrix matrix;      // of floats: `packed` is [rows, in], and `in` counts
@@ -27,10 +28,12 @@ struct FewProduct {
   Weight weights[kMost];
   float* outs[kMost];  // [T, rows] each
   int count = 0;
-  uint8_t* codes = nullptr;  // codes_nbytes()
+  uint8_t* codes = nullptr;          // codes_nbytes()
+  int threads;                       // that take the items
+  const FewProduct* then = nullptr;  // whose weights are read after these
 
-  FewProduct(const Kernels& kernels, int64_t num_tokens, const float* input)
-      : k(kernels), tokens(num_tokens), x(input) {}
+  FewProduct(const Kernels& kernels, int64_t num_tokens, const float* input, int num_threads)
+      : k(kernels), tokens(num_tokens), x(input), threads(num_threads) {}
   void add(const Weight& weight, float* out) {
     weights[count] = weight;
     outs[count++] = out;
@@ -42,8 +45,11 @@ struct FewProduct {
   void quantize(int64_t item) const;
   int64_t multiply_items() const;
   void multiply(int64_t item) const;
-  // Some rows of one weight, biases included: out[t * ld + r].
-  void rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld) const;
+  // Some rows of one weight, biases included: out[t * ld + r]. next: as `rows_matmul` has it.
+  void rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld,
+            const uint8_t* next) const;
+  // What an item reads; beyond the last one, what `then` reads. Null where there is nothing.
+  const uint8_t* read_by(int64_t item) const;
 
  private:
   int64_t stride() const;

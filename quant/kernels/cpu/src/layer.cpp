@@ -174,8 +174,9 @@ void layer(const Kernels& kernels, const LayerCall& c, const StepCall& s, const 
   const auto lock = pool.acquire();
   Layer l(kernels, c, s, delta);
   const int64_t T = s.tokens, q_size = c.heads * c.head_size, kv_size = c.kv_heads * c.head_size;
-  FewProduct heads(kernels, T, nullptr), out(kernels, T, nullptr);
-  FewProduct router(kernels, T, s.normed), guess(kernels, T, nullptr);
+  FewProduct heads(kernels, T, nullptr, threads), out(kernels, T, nullptr, threads);
+  FewProduct router(kernels, T, s.normed, threads), guess(kernels, T, nullptr, threads);
+  heads.then = &out;
   heads.add(c.q, nullptr), heads.add(c.k, nullptr), heads.add(c.v, nullptr);
   out.add(c.o, nullptr);
   if (c.router.weight.rows) router.add(c.router.weight, nullptr);
@@ -243,7 +244,7 @@ void mlp(const Kernels& kernels, const MlpCall& call, const float* x, int64_t to
   Pool& pool = Pool::instance();
   const auto lock = pool.acquire();
   const int64_t size = call.gate.rows;
-  FewProduct inner(kernels, tokens, x), outer(kernels, tokens, nullptr);
+  FewProduct inner(kernels, tokens, x, threads), outer(kernels, tokens, nullptr, threads);
   inner.add(call.gate, nullptr), inner.add(call.up, nullptr);
   outer.add(call.down, out);
   Memory memory;
@@ -258,9 +259,13 @@ void mlp(const Kernels& kernels, const MlpCall& call, const float* x, int64_t to
   auto quantize = [&](int64_t i) { inner.quantize(i); };
   auto multiply = [&](int64_t i) {
     const int64_t row = i * kRows, some = std::min(kRows, size - row);
-    float up[8 * kRows];
-    inner.rows(call.gate, row, some, values + row, size);
-    inner.rows(call.up, row, some, up, some);
+    float up[kMostTokens * kRows];
+    const Matrix &gates = call.gate.matrix, &ups = call.up.matrix;
+    const int64_t after = row + threads * kRows;  // what this thread will probably take next
+    const uint8_t* next = after < size ? gates.packed + after * gates.packed_stride
+                                       : outer.read_by((after - size) / kRows);
+    inner.rows(call.gate, row, some, values + row, size, ups.packed + row * ups.packed_stride);
+    inner.rows(call.up, row, some, up, some, next);
     for (int64_t t = 0; t < tokens; ++t) {
       float* gate = values + t * size + row;
       kernels.activate(call.activation, gate, up + t * some, gate, some);

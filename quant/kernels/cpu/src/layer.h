@@ -1,6 +1,6 @@
 // Knows what few tokens pass through in a layer, its routed experts excepted.
 //
-// Legend: T tokens, at most kFew, H hidden, N query heads, K key heads, D head size, E experts,
+// Legend: T tokens, at most kMostTokens, H hidden, N query heads, K key heads, D head size, E experts,
 // k experts a token.
 #pragma once
 
