@@ -86,6 +86,7 @@ class Layer:
     overhead_attention_us: float  # norms, attention over the cache, the choice of experts
     overhead_experts_us: float  # bookkeeping, activations and their quantization
     overhead_share: float
+    plain_overhead_us: float  # as overhead_us, layer by layer through plain PyTorch
 
 
 @dataclass(frozen=True)
@@ -188,11 +189,21 @@ class Clock:
     def __init__(self, model: Model) -> None:
         self.layers: list[float] = []
         self.experts: list[float] = []
+        self._decoder = model.decoder
         self._begin = model.provider.begin
         model.provider.begin = self._timed_begin  # type: ignore[method-assign]
         few = model.decoder._few_tokens()
         assert few is not None, "the compiled kernels do not compute here"
         few._layers = [self._timed(layer) for layer in few._layers]  # type: ignore[misc]
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Layers as plain PyTorch has them, which nobody times one by one."""
+        self._decoder._few_tokens = lambda: None  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._decoder._few_tokens
 
     def _timed(self, layer: Any) -> Any:
         def call(*arguments: Any) -> Tensor:
@@ -240,7 +251,7 @@ def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
         model.decoder.forward(Batch.of(token, model.cache))
         model.cache.truncate(position)
 
-    whole, idle, idle_experts, rests, bandwidths = [], [], [], [], []
+    whole, idle, idle_experts, rests, plain, bandwidths = [], [], [], [], [], []
     for _ in range(rounds):
         step()
         whole += clock.take()[0]
@@ -251,6 +262,8 @@ def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
                 rests.append(took - sum(some))
                 idle += some
                 idle_experts += experts
+                with clock.plain():
+                    plain.append((us(step) - rests[-1]) / layers)
         bandwidths += [(measure_ram(threads, READ_NBYTES) or 0.0) / 1e9 for _ in range(3)]
     nbytes = model.layer_nbytes
 
@@ -265,6 +278,7 @@ def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
             overhead_attention_us=overhead - experts,
             overhead_experts_us=experts,
             overhead_share=overhead / layer_us,
+            plain_overhead_us=quantile(plain, part),
         )
 
     model.manager.close()

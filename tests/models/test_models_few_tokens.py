@@ -372,6 +372,31 @@ def test_what_is_no_number_does_not_become_one(isa: str, name: str) -> None:
     assert (weight if name == "router" else found).isnan().any()
 
 
+def test_a_key_that_is_no_number_shows(isa: str) -> None:
+    """Among others that are: those do not hide it. Values are small, so that nothing overflows."""
+    weights = random_weights(SPEC)
+    weights["layers.0.v_proj"] *= 1e-3
+    decoder = decoder_of(SPEC, weights)
+    cache = new_cache(SPEC, 40)
+    in_pieces(decoder, cache, [30], None)
+    cache.storage(0)[0, :, 5] = torch.nan
+    assert run(decoder, Batch.of(ids(1), cache), compiled(isa, decoder)).isnan().any()
+
+
+def test_values_are_rounded_as_torch_rounds_them(isa: str) -> None:
+    """Ties go to even, and what is no number stays none: values that are their bias."""
+    spec = replace(SPEC, layers=SPEC.layers[:1], attention_bias=True)
+    weights = random_weights(spec)
+    weights["layers.0.v_proj"].zero_()
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, 1e-40, 0.0])
+    ties = torch.arange(0x3F800000, 0x3F8FFFFF, 0x8000, dtype=torch.int32)[:26].view(torch.float32)
+    weights["layers.0.v_proj.bias"] = torch.cat((odd, ties))
+    decoder, cache = decoder_of(spec, weights), new_cache(spec, 2, torch.bfloat16)
+    run(decoder, Batch.of(ids(1), cache), compiled(isa, decoder))
+    found, expected = cache.storage(0)[1, :, 0], torch.cat((odd, ties)).bfloat16().view(2, 16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_logit_that_is_no_number_is_chosen_first_as_torch_does() -> None:
     weights = random_weights(CHUNKED)
     weights["layers.0.router"][4, 0] = torch.nan

@@ -16,6 +16,8 @@ using moecli::kSplit;
 using moecli::Rope;
 using moecli::Slots;
 
+constexpr int64_t kAhead = 4096;  // bytes of a cache that are fetched before they are read
+
 inline void rms_norm(const float* x, const float* weight, float eps, float* out, int64_t count) {
   const int64_t whole = count / Vec::L * Vec::L;
   Vec::F squares = Vec::zero();
@@ -93,6 +95,7 @@ void score(const Slots& s, const float* q, int64_t padded, float* scores) {
       Vec::F k[S];
       for (int j = 0; j < S; ++j) {
         const uint8_t* at = key[j] + i * W::kBytes;
+        __builtin_prefetch(at + kAhead);
         k[j] = i < whole ? W::load(at) : load_some<W>(at, s.size - whole);
       }
       for (int h = 0; h < H; ++h) {
@@ -140,6 +143,7 @@ void mix_part(const Slots& s, const float* weights, int64_t first, int64_t last,
     const uint8_t* value = s.values + (slot * s.size + at) * W::kBytes;
     Vec::F v[R];
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(value + r * Vec::L * W::kBytes + kAhead);
       v[r] = R > 1 || left >= Vec::L ? W::load(value + r * Vec::L * W::kBytes)
                                      : load_some<W>(value, left);
     }

@@ -58,6 +58,8 @@ struct Layer {
     return most;
   }
   int64_t partial_size() const { return group * (padded + 2); }
+  // Whether a head's key and value are nobody else's concern, and few enough for one thread.
+  bool heads_by_themselves() const { return s.tokens == 1 && splits == 1; }
   bool guesses() const { return c.guess.weight.rows > 0; }
 
   void begin(int64_t t) const;
@@ -69,7 +71,6 @@ struct Layer {
   void choose_experts(int64_t t) const;
 };
 
-// Item: a token.
 void Layer::begin(int64_t t) const {
   float* hidden = s.hidden + t * c.hidden_size;
   if (delta) k.add_scaled(delta + t * c.hidden_size, 1.0f, hidden, c.hidden_size);
@@ -152,7 +153,6 @@ void Layer::normalize(int64_t t) const {
   if (guesses()) k.rms_norm(hidden, c.guess_norm, c.eps, guess_input + t * size, size);
 }
 
-// Item: a token.
 void Layer::choose_experts(int64_t t) const {
   const Router& router = c.router;
   const int64_t row = c.index * s.tokens + t;
@@ -204,12 +204,12 @@ void layer(const Kernels& kernels, const LayerCall& c, const StepCall& s, const 
   guess.x = l.guess_input, guess.outs[0] = l.guess_logits;
 
   const int64_t router_codes = router.quantize_items(), router_rows = router.multiply_items();
-  auto begin = [&](int64_t i) { l.begin(i); };
   auto quantize_input = [&](int64_t i) { heads.quantize(i); };
   auto project = [&](int64_t i) { heads.multiply(i); };
   auto position = [&](int64_t i) { l.position(i); };
   auto attend = [&](int64_t i) { l.attend(i); };
   auto combine = [&](int64_t i) { l.combine(i); };
+  auto whole_head = [&](int64_t i) { l.position(i), l.attend(i), l.combine(i); };
   auto quantize_heads = [&](int64_t i) { out.quantize(i); };
   auto project_out = [&](int64_t i) { out.multiply(i); };
   auto normalize = [&](int64_t i) { l.normalize(i); };
@@ -219,23 +219,25 @@ void layer(const Kernels& kernels, const LayerCall& c, const StepCall& s, const 
   auto route = [&](int64_t i) {
     i < router_rows ? router.multiply(i) : guess.multiply(i - router_rows);
   };
-  auto choose_experts = [&](int64_t i) { l.choose_experts(i); };
-  const bool routes = router.count + guess.count > 0;
+  // Threads meet after every phase: what is little is done by this one, before and after.
+  for (int64_t t = 0; t < T; ++t) l.begin(t);
+  const int64_t alone = l.heads_by_themselves() ? c.kv_heads : 0;
+  const int64_t shared = alone ? 0 : T * c.kv_heads;
   const Phase phases[] = {
-      Phase::of(T, begin),
       Phase::of(heads.quantize_items(), quantize_input),
       Phase::of(heads.multiply_items(), project),
-      Phase::of(T * c.kv_heads, position),
-      Phase::of(T * c.kv_heads * l.splits, attend),
-      Phase::of(T * c.kv_heads, combine),
+      Phase::of(alone, whole_head),
+      Phase::of(shared, position),
+      Phase::of(shared * l.splits, attend),
+      Phase::of(shared, combine),
       Phase::of(out.quantize_items(), quantize_heads),
       Phase::of(out.multiply_items(), project_out),
       Phase::of(T, normalize),
       Phase::of(router_codes + guess.quantize_items(), quantize_routers),
       Phase::of(router_rows + guess.multiply_items(), route),
-      Phase::of(routes ? T : 0, choose_experts),
   };
   pool.run(threads, phases, sizeof phases / sizeof *phases);
+  for (int64_t t = 0; t < T; ++t) l.choose_experts(t);
 }
 
 void mlp(const Kernels& kernels, const MlpCall& call, const float* x, int64_t tokens, float* out,
