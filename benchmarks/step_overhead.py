@@ -35,11 +35,13 @@ from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch
 from moecli.models.config import DenseTensor, ModelSpec
 from moecli.models.decoder import Decoder
+from moecli.models.provider import Ready
 from moecli.sampler import new_generator, sample
 from offload.bandwidth import measure_ram
 from offload.disk import DiskTier, ExpertSpan
 from offload.host import HostArena
 from offload.manager import ExpertManager
+from offload.usage import ExpertUsage
 from quant import ops
 from quant.kernels.cpu.library import library
 from quant.layout import ExpertLayout, ExpertWeights
@@ -124,7 +126,8 @@ class Model:
         self.manager = ExpertManager(DiskTier(spans), HostArena(len(spans) * size, size))
         self.manager.load_all()
         dense = {tensor.name: self._dense(tensor) for tensor in spec.dense_tensors}
-        provider = OffloadedExperts(self.manager, self.layout, spec)
+        usage = ExpertUsage(spec.moe_layers, spec.num_experts)
+        provider = OffloadedExperts(self.manager, self.layout, spec, usage)
         self.provider = provider
         self.decoder = Decoder(spec, dense.__getitem__, provider)
         self.cache = KvCache(spec, ctx)
@@ -215,11 +218,11 @@ class Clock:
         call.call = layer.call  # type: ignore[attr-defined]
         return call
 
-    def _timed_begin(self, *arguments: Any) -> Any:
+    def _timed_begin(self, *arguments: Any) -> Ready:
         begin = time.perf_counter()
-        pending = self._begin(*arguments)
+        result = self._begin(*arguments).result()  # these models share no expert: nothing waits
         self.experts.append((time.perf_counter() - begin) * 1e6)
-        return pending
+        return Ready(result)
 
     def take(self) -> tuple[list[float], list[float]]:
         taken = self.layers, self.experts

@@ -18,7 +18,7 @@ Span = tuple[int, int]  # inner rows begin..end-1 of an expert
 
 def address_table(addresses: Mapping[int, int], num_experts: int) -> Tensor:
     """Where each expert lies, int64 [E] in main memory, as the ops want it; 0: nowhere."""
-    table = array("q", bytes(8 * num_experts))  # to set an element of a tensor takes 20 times longer
+    table = array("q", bytes(8 * num_experts))  # setting a tensor's elements takes 20 times longer
     for expert, address in addresses.items():
         table[expert] = address
     return torch.frombuffer(table, dtype=torch.int64)  # [E]
