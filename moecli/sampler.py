@@ -2,8 +2,14 @@
 
 The filters are transformers': temperature, then top-k, top-p and min-p, each on what the one before
 left. Each keeps a prefix of the tokens sorted by probability, so only that prefix is ever sorted.
+
+Whole vocabularies go through NumPy, on one thread: torch would divide them among threads, and where
+others keep those busy, waiting for them took a hundred times longer than the work.
 """
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +34,12 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -
 
     Raises MoecliError where the largest logit is no finite number.
     """
-    if not torch.isfinite(logits.max()):
+    values = logits.float().numpy()
+    likeliest = int(values.argmax())  # what is no number counts as the largest
+    if not math.isfinite(values[likeliest]):
         raise bad_logits()
     if config.temperature == 0:
-        return int(logits.argmax())
+        return likeliest
     ids, probabilities = candidates(logits, config)
     cumulative = probabilities.double().cumsum(0)
     point = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
@@ -49,14 +57,14 @@ def bad_logits() -> MoecliError:
 def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Tokens that may be drawn and their probabilities, which sum to one: ids [n], fp32 [n]."""
     assert config.temperature > 0, "temperature 0 draws nothing"
-    scores = logits.float() / config.temperature  # [V]
+    scores = torch.from_numpy(logits.float().numpy() / config.temperature)  # [V]
     if config.top_k == 0 and config.top_p == 1 and config.min_p == 0:
         return torch.arange(len(scores)), scores.softmax(0)
     if config.top_k:
         values, ids = _top_k(scores, config.top_k)
         ids, kept = _filter(ids, values, values.softmax(0), config)
         return ids, kept.softmax(0)
-    total, count = scores.logsumexp(0), min(_FIRST_GUESS, len(scores))
+    total, count = _log_sum_exp(scores), min(_FIRST_GUESS, len(scores))
     while True:
         values, ids = scores.topk(count)
         some_ids, kept = _filter(ids, values, (values - total).exp(), config)
@@ -68,10 +76,15 @@ def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
 def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest, sorted, and all that equal the smallest of them."""
     values, ids = scores.topk(min(k, len(scores)))
-    count = int((scores >= values[-1]).sum())
+    count = int(np.count_nonzero(scores.numpy() >= values[-1].item()))
     if count > len(values):
         values, ids = scores.topk(count)
     return values, ids
+
+
+def _log_sum_exp(scores: Tensor) -> float:
+    most = scores.numpy().max()
+    return float(most + np.log(np.exp(scores.numpy() - most).sum()))
 
 
 def _filter(

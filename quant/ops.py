@@ -21,7 +21,7 @@ from quant.bnb import BnbWeight
 from quant.errors import QuantError
 from quant.kernels import reference, tiled
 from quant.kernels.cpu.backend import CpuBackend
-from quant.kernels.cpu.library import NoLibrary
+from quant.kernels.cpu.library import Library, NoLibrary
 from quant.kernels.experts import ACTIVATIONS, TorchBackend
 from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
@@ -103,6 +103,13 @@ def fallback() -> NoLibrary | None:
         _cpu_backend()
     except NoLibrary as missing:
         return missing
+    return None
+
+
+def compiled() -> Library | None:
+    """The kernels for the processor, if these compute there now."""
+    if _chosen == "cpu" or (_chosen == "auto" and _auto_cpu() == "cpu"):
+        return _cpu_backend().library
     return None
 
 
@@ -352,6 +359,12 @@ def _check_out(out: Tensor, hidden: Tensor) -> None:
     assert out.shape == hidden.shape, f"out is {tuple(out.shape)}, hidden {tuple(hidden.shape)}"
 
 
+@functools.cache
+def _layout(hidden_size: int, intermediate_size: int, bits: int, group_size: int) -> ExpertLayout:
+    """One for all layers of a model: checking it takes longer than a call should."""
+    return ExpertLayout(hidden_size, intermediate_size, QuantScheme(bits, group_size))
+
+
 def _typed(
     hidden_size: int,
     intermediate_size: int,
@@ -363,7 +376,7 @@ def _typed(
     end: int,
 ) -> tuple[ExpertLayout, dict[str, Any]]:
     """What `_flat` has flattened: the layout, and the arguments by keyword."""
-    layout = ExpertLayout(hidden_size, intermediate_size, QuantScheme(bits, group_size))
+    layout = _layout(hidden_size, intermediate_size, bits, group_size)
     layout.check_span(begin, end)
     options = {
         "activation": activation,

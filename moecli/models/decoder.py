@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecli.kv_cache import KvCache
-from moecli.models.attention import Attention, Step, StepMaker, Weights, dense
+from moecli.models.attention import Attention, BatchStep, Step, StepMaker, Weights, dense
 from moecli.models.batch import Batch, SequenceSlice
 from moecli.models.config import ModelSpec
 from moecli.models.device_step import DeviceStep
+from moecli.models.few_tokens import FewTokens
 from moecli.models.fused import add_rms_norm, gather_rows, rms_norm
 from moecli.models.moe import Mlp, MoeBlock
 from moecli.models.provider import ExpertProvider
-from quant.ops import linear
+from quant.kernels.cpu.library import Library
+from quant.ops import compiled, linear
 
 __all__ = ["Batch", "Decoder", "SequenceSlice"]
 
@@ -35,7 +37,9 @@ class Lookahead:
     """
 
     def __init__(self, following: "DecoderLayer", guesses: int, tokens: range) -> None:
-        self.following = following
+        assert isinstance(following.mlp, MoeBlock), "a guess about a layer without experts"
+        self.block = following.mlp
+        self.norm, self.eps = following.post_norm, following.eps
         self.guesses = guesses
         self.tokens = tokens
 
@@ -43,10 +47,12 @@ class Lookahead:
         """hidden [T, H]; tells the provider of experts."""
         if hidden.shape[0] not in self.tokens:
             return
-        layer, block = self.following, self.following.mlp
-        assert isinstance(block, MoeBlock), "a guess about a layer without experts"
-        logits = linear(rms_norm(hidden, layer.post_norm, layer.eps), block.router.weight)  # [T, E]
-        block.experts.prefetch(block.layer, logits.topk(self.guesses, dim=-1).indices)
+        logits = linear(rms_norm(hidden, self.norm, self.eps), self.block.router.weight)  # [T, E]
+        self.tell(logits.topk(self.guesses, dim=-1).indices)
+
+    def tell(self, topk_ids: Tensor) -> None:
+        """The provider, what will probably be chosen, [T, guesses]."""
+        self.block.experts.prefetch(self.block.layer, topk_ids)
 
 
 class DecoderLayer:
@@ -141,6 +147,7 @@ class Decoder:
         assert self.norm.device.type == self.device.type, f"weights on {self.norm.device}"
         self.head = table if spec.tie_word_embeddings else weights("lm_head")
         self.make_step = StepMaker(spec, self.device)
+        self._compiled: dict[Library, FewTokens | None] = {}  # by whose kernels they call
         self.layers = [
             DecoderLayer(spec, layer, weights, experts, dtype) for layer in range(spec.num_layers)
         ]
@@ -176,11 +183,30 @@ class Decoder:
     @torch.inference_mode()
     def run(self, token_ids: Tensor, step: Step) -> Tensor:
         """Logits fp32 [rows, V] of tokens [T]; what they are and where they stand is the step's."""
-        hidden, delta = self.embedding(token_ids), None  # [T, H]
-        for layer in self.layers:
-            delta = layer(hidden, delta, step)
-        assert delta is not None, "a decoder without layers"
+        hidden = self.embedding(token_ids)  # [T, H]
+        delta = self._all_layers(hidden, step)
         if step.rows is not None:
             hidden, delta = hidden[step.rows], delta[step.rows]
         normed = add_rms_norm(hidden, delta, self.norm, self.spec.rms_norm_eps)
         return linear(normed, self.head).float()
+
+    def _all_layers(self, hidden: Tensor, step: Step) -> Tensor:
+        """What the last layer adds to `hidden` [T, H], which becomes what it is added to."""
+        if isinstance(step, BatchStep):
+            few = self._few_tokens()
+            if few is not None and few.takes(step):
+                return few(hidden, step)
+        delta: Tensor | None = None
+        for layer in self.layers:
+            delta = layer(hidden, delta, step)
+        assert delta is not None, "a decoder without layers"
+        return delta
+
+    def _few_tokens(self) -> FewTokens | None:
+        """The compiled way of this decoder, where there is one and it is wanted."""
+        library = compiled()
+        if library is None or self.dtype != torch.float32 or self.device.type != "cpu":
+            return None
+        if library not in self._compiled:
+            self._compiled[library] = FewTokens.of(library, self.layers)
+        return self._compiled[library]

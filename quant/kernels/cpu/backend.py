@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from quant.kernels import tiled
-from quant.kernels.cpu.library import Library, LinearArgument, MatrixArgument, MoeArgument, library
+from quant.kernels.cpu.few import FLOATS, matrix_argument
+from quant.kernels.cpu.library import Library, LinearArgument, MoeArgument, library
 from quant.layout import ExpertLayout
 from quant.tensor import QuantizedWeight
 
 _ACTIVATIONS = {"silu": 0}  # `Activation` of src/types.h
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `FloatType`
 _FLOAT_TOKENS = 16  # up to so many, float weights are read as they are; BLAS wins beyond
 
 
@@ -26,6 +26,10 @@ class CpuBackend:
 
     def __init__(self, source: Library | None = None) -> None:
         self._library = source or library()
+
+    @property
+    def library(self) -> Library:
+        return self._library
 
     @property
     def isa(self) -> str:
@@ -44,13 +48,13 @@ class CpuBackend:
         return [out.to(x.dtype) for out in outs]
 
     def linear_float(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.shape[0] > _FLOAT_TOKENS or weight.dtype not in _FLOATS:
+        if x.shape[0] > _FLOAT_TOKENS or weight.dtype not in FLOATS:
             return tiled.linear_float(x.float(), weight).to(x.dtype)
         rows, weight = x.float().contiguous(), weight.contiguous()
         out = rows.new_empty(x.shape[0], weight.shape[0])  # [T, O]
         if x.shape[0]:
             self._library.linear_float(
-                *(rows.data_ptr(), x.shape[0], weight.data_ptr(), _FLOATS[weight.dtype]),
+                *(rows.data_ptr(), x.shape[0], weight.data_ptr(), FLOATS[weight.dtype]),
                 *(*weight.shape, out.data_ptr(), torch.get_num_threads()),
             )
         return out.to(x.dtype)
@@ -132,10 +136,4 @@ class CpuBackend:
 
 
 def _linear(weight: QuantizedWeight, out: Tensor) -> LinearArgument:
-    packed, scale = weight.packed, weight.scale
-    assert packed.stride(1) == scale.stride(1) == 1, "the values of a row follow each other"
-    matrix = MatrixArgument(
-        *(packed.data_ptr(), scale.data_ptr(), packed.stride(0) * 4, scale.stride(0) * 2),
-        *(weight.in_features, weight.scheme.bits, weight.scheme.group_size),
-    )
-    return LinearArgument(matrix, weight.out_features, out.data_ptr())
+    return LinearArgument(matrix_argument(weight), weight.out_features, out.data_ptr())

@@ -12,7 +12,7 @@ from pathlib import Path
 from quant.errors import QuantError
 from quant.kernels.cpu.build import LIBRARY
 
-_ABI = 2  # of src/api.cpp
+_ABI = 3  # of src/api.cpp
 BUILD_HINT = (
     "install a C++ compiler (g++ or clang++) and run `python -m quant.kernels.cpu.build`, "
     "or use `--kernels torch`"
@@ -117,6 +117,14 @@ class Library:
         code = self._dll.moecli_search_scales(self._kernels, ctypes.byref(search), threads)
         return _checked(code) != _NOT_FINITE
 
+    def layer(self, call: object, step: object, delta: int | None, threads: int) -> None:
+        """`call` and `step`: references (`ctypes.byref`) to arguments of quant.kernels.cpu.few."""
+        _checked(self._dll.moecli_layer(self._kernels, call, step, delta, threads))
+
+    def mlp(self, call: object, x: int, tokens: int, out: int, threads: int) -> None:
+        """`call`: a reference to a MlpArgument."""
+        _checked(self._dll.moecli_mlp(self._kernels, call, x, tokens, out, threads))
+
 
 _NO_EXPERT = _NOT_FINITE = 2
 
@@ -159,4 +167,6 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, number, pointer, integer, number, number, pointer, integer),
     )
     dll.moecli_search_scales.argtypes = (pointer, ctypes.POINTER(SearchArgument), integer)
+    dll.moecli_layer.argtypes = (pointer, pointer, pointer, pointer, integer)
+    dll.moecli_mlp.argtypes = (pointer, pointer, pointer, number, pointer, integer)
     return dll

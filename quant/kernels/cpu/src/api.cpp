@@ -6,6 +6,7 @@
 #include <new>
 
 #include "isa.h"
+#include "layer.h"
 #include "linear.h"
 #include "moe.h"
 #include "pool.h"
@@ -34,7 +35,7 @@ int guarded(Function function) {
 }  // namespace
 
 // Changes whenever a signature below does.
-MOECLI_API int moecli_abi() { return 2; }
+MOECLI_API int moecli_abi() { return 3; }
 
 // Name number `index` of the kernels that this processor can run, fastest first, or null.
 MOECLI_API const char* moecli_isa(int index) { return kernels_name(index); }
@@ -94,4 +95,14 @@ MOECLI_API int moecli_search_scales(const void* kernels, const ScaleSearch* sear
     pool.run(threads, &phase, 1);
   });
   return code ? code : fine ? 0 : 2;
+}
+
+MOECLI_API int moecli_layer(const void* kernels, const LayerCall* call, const StepCall* step,
+                            const float* delta, int threads) {
+  return guarded([&] { layer(*static_cast<const Kernels*>(kernels), *call, *step, delta, threads); });
+}
+
+MOECLI_API int moecli_mlp(const void* kernels, const MlpCall* call, const float* x, int64_t tokens,
+                          float* out, int threads) {
+  return guarded([&] { mlp(*static_cast<const Kernels*>(kernels), *call, x, tokens, out, threads); });
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "floats.h"
+#include "heads.h"
 #include "rows.h"
 #include "scales.h"
 #include "tiles.h"
@@ -13,7 +14,8 @@ constexpr moecli::Kernels kernels_called(const char* name) {
   return {name,         rows_nbytes,    rows_pad,     rows_quantize, rows_matmul,
           Vec::kBlock,  plain_nbytes,   plain_quantize, block_nbytes, block_insert,
           tiles_scratch, kTiles * Vec::L, tiles_matmul, activate,    add_scaled,
-          store_scaled, float_matmul,   search_scales};
+          store_scaled, float_matmul,   rms_norm,     rotate,        store_floats,
+          attend,       search_scales};
 }
 
 }  // namespace

@@ -22,6 +22,21 @@ struct Matrix {
 
 enum FloatType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Activation { kSilu = 0 };
+enum Rope { kNoRope = 0, kInterleaved = 1, kHalf = 2 };
+
+// A part of what one key head has in a cache: rows of D keys, and of D values.
+struct Slots {
+  const uint8_t* keys;
+  const uint8_t* values;
+  FloatType type;  // fp32 or bf16
+  int64_t size;    // D
+  int64_t count;   // 1 to kSplit
+};
+
+constexpr int64_t kSplit = 512;  // slots that are looked at as one; never depends on threads
+
+// Elements of a head in memory of our own: whole vectors of every instruction set.
+constexpr int64_t padded_size(int64_t head_size) { return (head_size + 15) / 16 * 16; }
 
 // The search for the scales of a weight, whose groups lie one after the other; see scales.h.
 struct ScaleSearch {
@@ -82,6 +97,16 @@ struct Kernels {
   void (*float_matmul)(const uint8_t* weight, FloatType type, int64_t in, int64_t row0,
                        int64_t rows, const float* x, int64_t x_stride, int n, float* out,
                        int64_t ld);
+
+  // Heads. out = x / sqrt(mean of squares + eps) * weight; no weight: ones. out may be x.
+  void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t count);
+  void (*rotate)(Rope rope, const float* turns, float* x, int64_t size);
+  void (*store_floats)(const float* x, FloatType type, uint8_t* out, int64_t count);
+  // Of `group` queries q [group, P] with zeros behind D: sums out [group, P] of exp(score - most)
+  // times value, and of exp(score - most) alone. scores: scratch [group, kSplit].
+  void (*attend)(const Slots& slots, const float* q, int64_t group, float* out, float* most,
+                 float* total, float* scores);
+
   // Groups begin..end-1; false where a weight is not finite, or too large.
   bool (*search_scales)(const ScaleSearch& search, int64_t begin, int64_t end);
 };

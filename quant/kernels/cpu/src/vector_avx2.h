@@ -57,6 +57,14 @@ struct Vec {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
+  // Lane i: the sum of vector i.
+  static F sums(const F (&a)[L]) {
+    const auto four = [&](int i) {
+      return _mm256_hadd_ps(_mm256_hadd_ps(a[i], a[i + 1]), _mm256_hadd_ps(a[i + 2], a[i + 3]));
+    };
+    const F low = four(0), high = four(4);
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
 
   static I load_ints(const uint8_t* p) { return load_bytes(p); }
   static I repeat_int(const uint8_t* p) { return repeat_4_bytes(p); }

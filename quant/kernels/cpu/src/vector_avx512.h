@@ -48,6 +48,25 @@ struct Vec {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  // Lane i: the sum of vector i. Halves of two vectors share one, then quarters of four.
+  static F sums(const F (&a)[L]) {
+    F b[8], c[4];
+    for (int i = 0; i < 8; ++i) {
+      b[i] = add(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44),
+                 _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {  // quarters: of vectors i, i + 8, i + 4, i + 12
+      c[i] = add(_mm512_shuffle_f32x4(b[i], b[i + 4], 0x88),
+                 _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd));
+    }
+    const auto pair = [](F x, F y) {
+      return _mm512_castps_pd(add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)));
+    };
+    const __m512d d = pair(c[0], c[1]), e = pair(c[2], c[3]);
+    const F all = add(_mm512_castpd_ps(_mm512_unpacklo_pd(d, e)),
+                      _mm512_castpd_ps(_mm512_unpackhi_pd(d, e)));
+    return _mm512_shuffle_f32x4(all, all, 0xd8);
+  }
 
   static I load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I repeat_int(const uint8_t* p) { return repeat_4_bytes(p); }

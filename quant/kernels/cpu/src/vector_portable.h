@@ -90,6 +90,9 @@ struct Vec {
   static float sum(F a) {
     return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
   }
+  static F sums(const F (&a)[L]) {
+    return each([&](int i) { return sum(a[i]); });
+  }
 
   static I load_ints(const uint8_t* p) {
     I out;

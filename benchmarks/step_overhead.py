@@ -1,0 +1,325 @@
+"""How much of a decode step on the processor is not the reading of weights.
+
+    python benchmarks/step_overhead.py [--threads N] [--position P] [--json FILE]
+
+A model of random weights with the shapes of Qwen3-30B-A3B's layers, all experts resident, experts
+INT4 in groups of 32 and the rest INT8 in groups of 128. In each round every layer of a step is
+timed, then every layer of the same step with products that do nothing, then how fast memory is read
+by as many threads. Two answers, for the median layer and for the fastest tenth of them, which is
+what a busy machine lets through:
+
+- `rest_share`: what is left of a layer when its bytes are divided by the memory's bandwidth.
+- `overhead_share`: a layer whose products do nothing, so that only the KV cache is read, as a part
+  of a whole one.
+
+Times are in microseconds.
+"""
+
+import argparse
+import ctypes
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecli.config import SamplingConfig
+from moecli.experts import OffloadedExperts
+from moecli.kv_cache import KvCache
+from moecli.models.batch import Batch
+from moecli.models.config import DenseTensor, ModelSpec
+from moecli.models.decoder import Decoder
+from moecli.models.provider import Ready
+from moecli.sampler import new_generator, sample
+from offload.bandwidth import measure_ram
+from offload.disk import DiskTier, ExpertSpan
+from offload.host import HostArena
+from offload.manager import ExpertManager
+from offload.usage import ExpertUsage
+from quant import ops
+from quant.kernels.cpu.library import library
+from quant.layout import ExpertLayout, ExpertWeights
+from quant.scheme import QuantScheme
+from quant.tensor import QuantizedWeight
+
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+EXPERTS, DENSE = QuantScheme(4, 32), QuantScheme(8, 128)
+READ_NBYTES = 128 << 20  # several times what caches hold
+BLOBS = 8  # experts of the file; all others are copies
+VOCABULARY = 151936  # of the released model, for what drawing a token costs
+# Where the table of kernels (src/types.h) has its products: pointers from its beginning.
+ROWS_MATMUL, FLOAT_MATMUL, TABLE = 4, 16, 22
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, at one quantile of speed."""
+
+    layer_us: float
+    bandwidth_gb_s: float
+    rest_share: float
+    overhead_us: float  # with products that do nothing; of which:
+    overhead_attention_us: float  # norms, attention over the cache, the choice of experts
+    overhead_experts_us: float  # bookkeeping, activations and their quantization
+    overhead_share: float
+    plain_overhead_us: float  # as overhead_us, layer by layer through plain PyTorch
+
+
+@dataclass(frozen=True)
+class Report:
+    isa: str
+    threads: int
+    layers: int
+    position: int
+    rounds: int
+    layer_nbytes: int  # of weights, a layer reads
+    median: Layer
+    fast: Layer  # the fastest tenth, of each number by itself
+    step_rest_us: float  # what a token costs beside the layers and the head's product, least
+    draw_greedy_us: float  # drawing from VOCABULARY logits, least
+    draw_top_us: float  # with temperature 0.7, top-k 20 and top-p 0.95
+
+
+class Model:
+    """A decoder of random weights over a manager that holds all experts."""
+
+    def __init__(self, layers: int, ctx: int, folder: Path) -> None:
+        self.spec = ModelSpec.from_hf({**QWEN3_30B, "num_hidden_layers": layers})
+        spec = self.spec
+        self.layout = ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, EXPERTS)
+        file = folder / "experts"
+        size = self.layout.slot_nbytes
+        with file.open("wb") as out:
+            for seed in range(BLOBS):
+                out.write(self._blob(seed).numpy().tobytes().ljust(size, b"\0"))
+        spans = {
+            (layer, expert): ExpertSpan(file, expert % BLOBS * size, self.layout.nbytes)
+            for layer in spec.moe_layers
+            for expert in range(spec.num_experts)
+        }
+        self.manager = ExpertManager(DiskTier(spans), HostArena(len(spans) * size, size))
+        self.manager.load_all()
+        dense = {tensor.name: self._dense(tensor) for tensor in spec.dense_tensors}
+        usage = ExpertUsage(spec.moe_layers, spec.num_experts)
+        provider = OffloadedExperts(self.manager, self.layout, spec, usage)
+        self.provider = provider
+        self.decoder = Decoder(spec, dense.__getitem__, provider)
+        self.cache = KvCache(spec, ctx)
+
+    def _blob(self, seed: int) -> Tensor:
+        shapes = self.layout.projections.values()
+        weights = [_quantized(*shape, EXPERTS, 3 * seed + i) for i, shape in enumerate(shapes)]
+        blob = torch.empty(self.layout.nbytes, dtype=torch.uint8)
+        self.layout.write(ExpertWeights(*weights), blob)
+        return blob
+
+    def _dense(self, tensor: DenseTensor) -> Tensor | QuantizedWeight:
+        if tensor.linear:
+            return _quantized(*tensor.shape, DENSE, len(tensor.name))
+        if len(tensor.shape) == 1:
+            return torch.ones(tensor.shape, dtype=torch.bfloat16)
+        return (torch.randn(tensor.shape) * tensor.shape[-1] ** -0.5).bfloat16()
+
+    @property
+    def layer_nbytes(self) -> int:
+        """Bytes of weights that a layer reads."""
+        total = self.spec.experts_per_token * self.layout.nbytes
+        for tensor in self.spec.dense_tensors:
+            if tensor.name.startswith("layers.0."):
+                scales = tensor.numel // DENSE.group_size * 2
+                total += tensor.numel + scales if tensor.linear else 2 * tensor.numel
+        return total
+
+
+def _quantized(rows: int, columns: int, scheme: QuantScheme, seed: int) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    packed_shape = scheme.packed_shape(rows, columns)
+    packed = torch.randint(-(2**31), 2**31, packed_shape, generator=generator).int()
+    scale = torch.rand(scheme.scale_shape(rows, columns), generator=generator) + 0.5
+    return QuantizedWeight(packed, (scale * columns**-0.5 / scheme.zero_point).bfloat16(), scheme)
+
+
+@contextmanager
+def no_products() -> Iterator[None]:
+    """The compiled kernels, with products that do nothing: results are what memory held before."""
+    kernels, idle = library(), ctypes.CDLL(None).abs  # returns at once, whatever it is called with
+    before = kernels._kernels
+    table = (ctypes.c_void_p * TABLE).from_buffer_copy(ctypes.string_at(before.value, 8 * TABLE))
+    table[ROWS_MATMUL] = table[FLOAT_MATMUL] = ctypes.cast(idle, ctypes.c_void_p)
+    kernels._kernels = ctypes.c_void_p(ctypes.addressof(table))
+    try:
+        yield
+    finally:
+        kernels._kernels = before
+
+
+def us(task: Callable[[], object], repeats: int = 1) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        task()
+    return (time.perf_counter() - begin) / repeats * 1e6
+
+
+class Clock:
+    """Times every layer of a decoder's steps, and what of it its experts took."""
+
+    def __init__(self, model: Model) -> None:
+        self.layers: list[float] = []
+        self.experts: list[float] = []
+        self._decoder = model.decoder
+        self._begin = model.provider.begin
+        model.provider.begin = self._timed_begin  # type: ignore[method-assign]
+        few = model.decoder._few_tokens()
+        assert few is not None, "the compiled kernels do not compute here"
+        few._layers = [self._timed(layer) for layer in few._layers]  # type: ignore[misc]
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Layers as plain PyTorch has them, which nobody times one by one."""
+        self._decoder._few_tokens = lambda: None  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._decoder._few_tokens
+
+    def _timed(self, layer: Any) -> Any:
+        def call(*arguments: Any) -> Tensor:
+            begin = time.perf_counter()
+            out: Tensor = layer(*arguments)
+            self.layers.append((time.perf_counter() - begin) * 1e6)
+            return out
+
+        call.call = layer.call  # type: ignore[attr-defined]
+        return call
+
+    def _timed_begin(self, *arguments: Any) -> Ready:
+        begin = time.perf_counter()
+        result = self._begin(*arguments).result()  # these models share no expert: nothing waits
+        self.experts.append((time.perf_counter() - begin) * 1e6)
+        return Ready(result)
+
+    def take(self) -> tuple[list[float], list[float]]:
+        taken = self.layers, self.experts
+        self.layers, self.experts = [], []
+        return taken
+
+
+def draw_us(sampling: SamplingConfig) -> float:
+    logits, generator = torch.randn(VOCABULARY) * 3, new_generator(0)
+    return min(us(lambda: sample(logits, sampling, generator)) for _ in range(30))
+
+
+def quantile(values: list[float], part: float) -> float:
+    return sorted(values)[int(part * (len(values) - 1))]
+
+
+def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Model(layers, position + 2, Path(folder))
+    vocabulary = model.spec.vocab_size
+    prompt = torch.randint(0, vocabulary, (position,))
+    model.decoder.forward(Batch.of(prompt, model.cache))
+    clock = Clock(model)
+
+    def step() -> None:
+        token = torch.randint(0, vocabulary, (1,))
+        model.decoder.forward(Batch.of(token, model.cache))
+        model.cache.truncate(position)
+
+    whole, idle, idle_experts, rests, plain, bandwidths = [], [], [], [], [], []
+    for _ in range(rounds):
+        step()
+        whole += clock.take()[0]
+        with no_products():
+            for _ in range(3):
+                took = us(step)
+                some, experts = clock.take()
+                rests.append(took - sum(some))
+                idle += some
+                idle_experts += experts
+                with clock.plain():
+                    plain.append((us(step) - rests[-1]) / layers)
+        bandwidths += [(measure_ram(threads, READ_NBYTES) or 0.0) / 1e9 for _ in range(3)]
+    nbytes = model.layer_nbytes
+
+    def at(part: float) -> Layer:
+        layer_us, overhead = quantile(whole, part), quantile(idle, part)
+        bandwidth, experts = quantile(bandwidths, 1 - part), quantile(idle_experts, part)
+        return Layer(
+            layer_us=layer_us,
+            bandwidth_gb_s=bandwidth,
+            rest_share=1 - nbytes / (bandwidth * 1e3) / layer_us,
+            overhead_us=overhead,
+            overhead_attention_us=overhead - experts,
+            overhead_experts_us=experts,
+            overhead_share=overhead / layer_us,
+            plain_overhead_us=quantile(plain, part),
+        )
+
+    model.manager.close()
+    return Report(
+        isa=ops.cpu_isa(),
+        threads=threads,
+        layers=layers,
+        position=position,
+        rounds=rounds,
+        layer_nbytes=nbytes,
+        median=at(0.5),
+        fast=at(0.1),
+        step_rest_us=min(rests),
+        draw_greedy_us=draw_us(SamplingConfig(temperature=0)),
+        draw_top_us=draw_us(SamplingConfig(temperature=0.7, top_k=20, top_p=0.95)),
+    )
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--position", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    report = measure(options.layers, options.position, options.threads, options.rounds)
+    found = rounded(asdict(report))
+    print(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Knows what the compiled calls for few tokens take, and how weights become that.
+
+Legend: T tokens, at most MOST_TOKENS, O out, I in features.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels.cpu.library import MatrixArgument
+from quant.tensor import QuantizedWeight
+
+MOST_TOKENS = 8  # `kMostTokens` of src/few_product.h
+QUANTIZED = -1
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `FloatType` of src/types.h
+ROPES = {"none": 0, "interleaved": 1, "half": 2}  # `Rope`
+NORMS = {"none": 0, "before": 1, "after": 2}  # `HeadNorm` of src/layer.h
+
+
+class WeightArgument(ctypes.Structure):
+    """`Weight` of src/few_product.h; the tensors it points to must outlive it."""
+
+    _fields_ = (
+        *(("matrix", MatrixArgument), ("rows", ctypes.c_int64)),
+        *(("type", ctypes.c_int), ("bias", ctypes.c_void_p)),
+    )
+
+
+class RouterArgument(ctypes.Structure):
+    """`Router` of src/router.h."""
+
+    _fields_ = (
+        *(("weight", WeightArgument), ("top_k", ctypes.c_int64)),
+        *(("sigmoid", ctypes.c_bool), ("normalize", ctypes.c_bool)),
+    )
+
+
+class PlaceArgument(ctypes.Structure):
+    """`Place` of src/layer.h."""
+
+    _fields_ = (
+        *(("keys", ctypes.c_void_p), ("values", ctypes.c_void_p)),
+        *(("head_stride", ctypes.c_int64), ("ring", ctypes.c_int64), ("type", ctypes.c_int)),
+    )
+
+
+class LayerArgument(ctypes.Structure):
+    """`LayerCall` of src/layer.h."""
+
+    _fields_ = (
+        *(("index", ctypes.c_int64), ("hidden_size", ctypes.c_int64)),
+        *(("heads", ctypes.c_int64), ("kv_heads", ctypes.c_int64), ("head_size", ctypes.c_int64)),
+        *(("rope", ctypes.c_int), ("norm", ctypes.c_int)),
+        *(("tempered", ctypes.c_bool), ("eps", ctypes.c_float)),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "head_norm", "post_norm")),
+        *((name, WeightArgument) for name in ("q", "k", "v", "o")),
+        *(("router", RouterArgument), ("guess", RouterArgument)),
+        ("guess_norm", ctypes.c_void_p),
+    )
+
+
+class StepArgument(ctypes.Structure):
+    """`StepCall` of src/layer.h."""
+
+    _fields_ = (
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("positions", "turns", "temperature", "places")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "normed", "ids", "weights", "guesses")),
+    )
+
+
+class MlpArgument(ctypes.Structure):
+    """`MlpCall` of src/layer.h."""
+
+    _fields_ = (
+        *((name, WeightArgument) for name in ("gate", "up", "down")),
+        ("activation", ctypes.c_int),
+    )
+
+
+def weight_argument(weight: Any, bias: Tensor | None = None) -> WeightArgument | None:
+    """A weight [O, I] and its bias [O] fp32; None where it is of a kind these calls cannot read."""
+    at = None if bias is None else bias.data_ptr()
+    assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()), "an odd bias"
+    if isinstance(weight, QuantizedWeight):
+        return WeightArgument(matrix_argument(weight), weight.out_features, QUANTIZED, at)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or not weight.is_contiguous():
+        return None
+    rows, in_features = weight.shape
+    matrix = MatrixArgument(packed=weight.data_ptr(), in_features=in_features)
+    return WeightArgument(matrix, rows, FLOATS[weight.dtype], at)
+
+
+def matrix_argument(weight: QuantizedWeight) -> MatrixArgument:
+    """The bytes of a quantized weight."""
+    packed, scale = weight.packed, weight.scale
+    assert packed.stride(1) == scale.stride(1) == 1, "the values of a row follow each other"
+    return MatrixArgument(
+        *(packed.data_ptr(), scale.data_ptr(), packed.stride(0) * 4, scale.stride(0) * 2),
+        *(weight.in_features, weight.scheme.bits, weight.scheme.group_size),
+    )
+
+
+def share_input(weights: Sequence[WeightArgument]) -> bool:
+    """Whether one form of their input serves them all: floats, or codes for as many bits."""
+    return len({(w.type == QUANTIZED, w.matrix.bits) for w in weights}) == 1

@@ -1,0 +1,75 @@
+// Knows products of few tokens with weights of either kind; see few_product.h.
+#include "few_product.h"
+
+#include <algorithm>
+
+namespace moecli {
+namespace {
+
+constexpr int64_t kRows = 32;     // of an item
+constexpr int64_t kWidth = 1024;  // elements of an item, a multiple of 32
+
+int64_t parts(int64_t all, int64_t part) { return (all + part - 1) / part; }
+
+}  // namespace
+
+int64_t FewProduct::stride() const {
+  if (!weights[0].quantized()) return 0;
+  return parts(k.rows_nbytes(in(), weights[0].matrix.bits), 64) * 64;
+}
+
+int64_t FewProduct::quantize_items() const {
+  return count && weights[0].quantized() ? tokens * parts(in(), kWidth) : 0;
+}
+
+void FewProduct::quantize(int64_t item) const {
+  const int64_t each = parts(in(), kWidth), t = item / each, begin = item % each * kWidth;
+  const int64_t some = std::min(kWidth, in() - begin);
+  const int bits = weights[0].matrix.bits;
+  uint8_t* out = codes + t * stride();
+  k.rows_quantize(x + t * in() + begin, 1.0f, begin, some, bits, out);
+  if (begin + some == in()) k.rows_pad(in(), bits, out);
+}
+
+int64_t FewProduct::multiply_items() const {
+  int64_t items = 0;
+  for (int i = 0; i < count; ++i) items += parts(weights[i].rows, kRows);
+  return items;
+}
+
+void FewProduct::multiply(int64_t item) const {
+  const int64_t whole = item;
+  int i = 0;
+  for (; item >= parts(weights[i].rows, kRows); ++i) item -= parts(weights[i].rows, kRows);
+  const int64_t row = item * kRows, all = weights[i].rows;
+  rows(weights[i], row, std::min(kRows, all - row), outs[i] + row, all, read_by(whole + threads));
+}
+
+const uint8_t* FewProduct::read_by(int64_t item) const {
+  for (int i = 0; i < count; ++i) {
+    const Matrix& m = weights[i].matrix;
+    const int64_t items = parts(weights[i].rows, kRows);
+    if (item < items) return m.packed + item * kRows * m.packed_stride;
+    item -= items;
+  }
+  return then ? then->read_by(item) : nullptr;
+}
+
+void FewProduct::rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld,
+                      const uint8_t* next) const {
+  const int n = static_cast<int>(tokens);
+  if (weight.quantized()) {
+    const uint8_t* tokens_at[kMostTokens];
+    for (int t = 0; t < n; ++t) tokens_at[t] = codes + t * stride();
+    k.rows_matmul(weight.matrix, row, some, tokens_at, n, out, ld, next);
+  } else {
+    k.float_matmul(weight.matrix.packed, static_cast<FloatType>(weight.type), in(), row, some, x,
+                   in(), n, out, ld);
+  }
+  if (!weight.bias) return;
+  for (int t = 0; t < n; ++t) {
+    for (int64_t r = 0; r < some; ++r) out[t * ld + r] += weight.bias[row + r];
+  }
+}
+
+}  // namespace moecli

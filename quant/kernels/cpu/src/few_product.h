@@ -1,0 +1,58 @@
+// Knows products of few tokens with weights of either kind, as items of two phases: the input is
+// quantized, where a weight is, then rows are multiplied.
+#pragma once
+
+#include "types.h"
+
+namespace moecli {
+
+constexpr int kQuantized = -1;
+constexpr int kMostTokens = 8;
+
+struct Weight {
+  Matrix matrix;      // of floats: `packed` is [rows, in], and `in` counts
+  int64_t rows;       // 0: there is no such weight
+  int type;           // kQuantized or a FloatType
+  const float* bias;  // [rows], or null
+
+  bool quantized() const { return type == kQuantized; }
+};
+
+// Weights of one input x [T, in]: all quantized with equal bits, or all of floats.
+struct FewProduct {
+  static constexpr int kMost = 3;
+
+  const Kernels& k;
+  int64_t tokens;
+  const float* x;
+  Weight weights[kMost];
+  float* outs[kMost];  // [T, rows] each
+  int count = 0;
+  uint8_t* codes = nullptr;          // codes_nbytes()
+  int threads;                       // that take the items
+  const FewProduct* then = nullptr;  // whose weights are read after these
+
+  FewProduct(const Kernels& kernels, int64_t num_tokens, const float* input, int num_threads)
+      : k(kernels), tokens(num_tokens), x(input), threads(num_threads) {}
+  void add(const Weight& weight, float* out) {
+    weights[count] = weight;
+    outs[count++] = out;
+  }
+
+  int64_t in() const { return weights[0].matrix.in; }
+  int64_t codes_nbytes() const { return count ? tokens * stride() : 0; }
+  int64_t quantize_items() const;
+  void quantize(int64_t item) const;
+  int64_t multiply_items() const;
+  void multiply(int64_t item) const;
+  // Some rows of one weight, biases included: out[t * ld + r]. next: as `rows_matmul` has it.
+  void rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld,
+            const uint8_t* next) const;
+  // What an item reads; beyond the last one, what `then` reads. Null where there is nothing.
+  const uint8_t* read_by(int64_t item) const;
+
+ private:
+  int64_t stride() const;
+};
+
+}  // namespace moecli

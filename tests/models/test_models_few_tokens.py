@@ -1,0 +1,461 @@
+"""Compiled steps of few tokens, by every instruction set that runs here: against plain PyTorch.
+
+Legend of the shapes: T tokens, H hidden, N query heads, K key heads, D head size, E experts.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moecli.kv_cache import KvCache
+from moecli.models.batch import Batch, SequenceSlice
+from moecli.models.config import LayerSpec, ModelSpec, RopeSpec, TemperatureSpec
+from moecli.models.decoder import Decoder
+from moecli.models.few_tokens import FewTokens
+from moecli.models.moe import FloatExperts
+from moecli.models.provider import Ready
+from quant import ops
+from quant.bnb import BnbWeight
+from quant.kernels.cpu.library import Library, NoLibrary, library
+from quant.quantize import dequantize
+from quant.scheme import QuantScheme
+from quant.tensor import QuantizedWeight
+from tests.quant.quant_experts import random_weight
+
+try:
+    ISAS = library().isas
+except NoLibrary:
+    pytest.skip("there is no compiler here", allow_module_level=True)
+
+TOLERANCE = 1e-5
+SPEC = ModelSpec(
+    architecture="Tiny",
+    family="qwen3_moe",
+    vocab_size=31,
+    hidden_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    layers=(LayerSpec("full", True, True), LayerSpec("full", True, False)),
+    num_experts=6,
+    experts_per_token=2,
+    expert_intermediate_size=8,
+    shared_intermediate_size=0,
+    dense_intermediate_size=40,
+    router="softmax",
+    normalize_topk=True,
+    weight_on_input=False,
+    rope=RopeSpec("half", 100.0),
+    qk_norm="weighted_before_rope",
+    attention_bias=False,
+    chunk_size=None,
+    temperature=None,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    max_context=4096,
+)
+CHUNKED = replace(
+    SPEC,
+    layers=(LayerSpec("chunked", True, True), LayerSpec("full", False, True)),
+    chunk_size=8,
+    router="sigmoid",
+    normalize_topk=False,
+    weight_on_input=True,
+    shared_intermediate_size=24,
+    rope=RopeSpec("interleaved", 100.0),
+    qk_norm="weightless_after_rope",
+    temperature=TemperatureSpec(4, 0.5),
+)
+
+
+def heads(query: int, key: int, size: int, **changes: Any) -> ModelSpec:
+    return replace(SPEC, num_heads=query, num_kv_heads=key, head_dim=size, **changes)
+
+
+CASES = {
+    "as_qwen3": SPEC,
+    "as_llama4": CHUNKED,
+    "as_mixtral": replace(SPEC, qk_norm="none"),
+    "biases": replace(SPEC, attention_bias=True),
+    "one_group_of_8": heads(8, 1, 64),
+    "groups_of_7": heads(7, 1, 8),
+    "groups_of_5": heads(10, 2, 18),
+    "groups_of_3": heads(6, 2, 34),
+    "no_groups": heads(3, 3, 128),
+    "heads_of_64": heads(4, 1, 64, rope=RopeSpec("interleaved", 100.0)),
+    "heads_of_7_turn_nowhere": heads(4, 2, 7, layers=(LayerSpec("full", False, True),)),
+    "heads_of_20": heads(12, 2, 20, qk_norm="weightless_after_rope"),
+    "odd_widths": replace(SPEC, hidden_size=37, dense_intermediate_size=29),
+}
+
+
+class NoExperts:
+    """Experts that add nothing, and remember what was asked of them."""
+
+    def __init__(self) -> None:
+        self.chosen: list[tuple[Tensor, Tensor]] = []
+        self.guessed: list[Tensor] = []
+
+    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
+        self.chosen.append((topk_ids, topk_weights))
+        return Ready(torch.zeros_like(hidden))
+
+    def prefetch(self, layer: int, topk_ids: Tensor) -> None:
+        self.guessed.append(topk_ids)
+
+
+@functools.cache
+def library_of(isa: str) -> Library:
+    return Library(library().path, isa)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch() -> Iterator[None]:
+    """What is compared with: the decoder itself then never takes the compiled way."""
+    before = ops.current_backend()
+    ops.set_backend("reference")
+    yield
+    ops.set_backend(before)
+
+
+def random_weights(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for tensor in spec.dense_tensors:
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.name.endswith("norm"):
+            noise = 1 + 0.3 * noise
+        elif len(tensor.shape) > 1:
+            noise *= 1.5 * tensor.shape[1] ** -0.5
+        found[tensor.name] = noise.to(dtype)
+    return found
+
+
+def decoder_of(
+    spec: ModelSpec, weights: dict[str, Any] | None = None, experts: Any = None, guesses: int = 0
+) -> Decoder:
+    def load(layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(layer * 100 + expert)
+        shape = (spec.expert_intermediate_size, spec.hidden_size)
+        gate, up, down = (torch.randn(shape, generator=generator) / 8 for _ in range(3))
+        return gate, up, down.t()
+
+    provider = experts or FloatExperts(spec, load)
+    table = weights or random_weights(spec)
+    return Decoder(spec, table.__getitem__, provider, guesses=guesses)
+
+
+def new_cache(spec: ModelSpec, ctx: int, dtype: torch.dtype = torch.float32) -> KvCache:
+    """With numbers in it that nobody may look at."""
+    cache = KvCache(spec, ctx, dtype)
+    for layer in range(spec.num_layers):
+        cache.storage(layer).fill_(torch.nan)
+    return cache
+
+
+def compiled(isa: str, decoder: Decoder) -> FewTokens:
+    few = FewTokens.of(library_of(isa), decoder.layers)
+    assert few is not None, "there is no compiled way of this decoder"
+    return few
+
+
+@torch.inference_mode()
+def run(decoder: Decoder, batch: Batch, few: FewTokens | None = None) -> Tensor:
+    """What the last layer leaves, [T, H]; by plain PyTorch, or the compiled way."""
+    for piece in batch.slices:
+        piece.cache.begin(piece.start, piece.length)
+    hidden, step = decoder.embedding(batch.token_ids), decoder.make_step(batch)
+    assert few is None or few.takes(step), "the compiled way does not take this step"
+    delta = decoder._all_layers(hidden, step) if few is None else few(hidden, step)
+    for piece in batch.slices:
+        piece.cache.commit()
+    return hidden + delta
+
+
+def ids(count: int, seed: int = 1) -> Tensor:
+    return torch.randint(
+        0, SPEC.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def in_pieces(decoder: Decoder, cache: KvCache, sizes: list[int], few: FewTokens | None) -> Tensor:
+    """[T, H] of tokens that come in pieces of these sizes."""
+    pieces = ids(sum(sizes)).split(sizes)
+    return torch.cat([run(decoder, Batch.of(piece, cache), few) for piece in pieces])
+
+
+def assert_equal(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert found.shape == expected.shape
+    assert expected.std() > 0.1, "too flat to tell what is broken"
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_one_by_one_and_a_few_at_once(isa: str, case: str) -> None:
+    """Over the borders of chunks: pieces end there, where there are chunks."""
+    spec, sizes = CASES[case], [1, 1, 5, 1, 8, 2, 3, 1, 1, 1, 8, 4]
+    decoder = decoder_of(spec)
+    found = in_pieces(decoder, new_cache(spec, 36), sizes, compiled(isa, decoder))
+    assert_equal(found, in_pieces(decoder, new_cache(spec, 36), sizes, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["as_qwen3", "groups_of_5", "no_groups"])
+def test_a_long_context_is_looked_at_in_parts(isa: str, case: str, dtype: torch.dtype) -> None:
+    """Lengths around the borders of parts of 512."""
+    spec = replace(CASES[case], layers=CASES[case].layers[:1])
+    decoder = decoder_of(spec)
+    few = compiled(isa, decoder)
+    for length in (510, 511, 512, 513, 1300):
+        caches = [new_cache(spec, length + 4, dtype) for _ in range(2)]
+        generator = torch.Generator().manual_seed(length)
+        past = torch.randn(caches[0].storage(0)[:, :, :length].shape, generator=generator)
+        for cache in caches:
+            cache.storage(0)[:, :, :length] = past
+            cache.begin(0, length)
+            cache.commit()
+        expected = run(decoder, Batch.of(ids(3), caches[0]))
+        found = run(decoder, Batch.of(ids(3), caches[1]), few)
+        assert_equal(found, expected, TOLERANCE if dtype == torch.float32 else 0.01)
+        assert_equal(
+            caches[1].storage(0)[:, :, length:-1].float(),
+            caches[0].storage(0)[:, :, length:-1].float(),
+            TOLERANCE if dtype == torch.float32 else 0.005,
+        )
+
+
+def test_a_large_score_neither_overflows_nor_drowns(isa: str) -> None:
+    """Queries a hundred times as long: one slot takes all, far from the first part."""
+    spec = replace(SPEC, layers=SPEC.layers[:1], qk_norm="none")
+    weights = random_weights(spec)
+    weights["layers.0.q_proj"] *= 100
+    decoder = decoder_of(spec, weights)
+    sizes = [8] * 80
+    found = in_pieces(decoder, new_cache(spec, 640), sizes, compiled(isa, decoder))
+    assert_equal(found, in_pieces(decoder, new_cache(spec, 640), sizes, None), 1e-4)
+
+
+def test_several_sequences_each_with_its_own_position(isa: str) -> None:
+    for spec in (SPEC, CHUNKED):
+        decoder = decoder_of(spec)
+        few = compiled(isa, decoder)
+        caches = [[new_cache(spec, 40) for _ in range(3)] for _ in range(2)]
+        for way in caches:
+            for index, cache in enumerate(way):
+                run(decoder, Batch.of(ids(5 + 9 * index, seed=index), cache))
+        results = []
+        for way, how in zip(caches, (None, few), strict=True):
+            slices = tuple(
+                SequenceSlice(cache, cache.length, count)
+                for cache, count in zip(way, (3, 2, 1), strict=True)
+            )
+            results.append(run(decoder, Batch(ids(6), slices), how))
+        assert_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("case", ["as_qwen3", "as_llama4", "groups_of_5"])
+def test_a_token_depends_on_neither_threads_nor_company(isa: str, case: str) -> None:
+    spec, sizes = CASES[case], [8, 8, 4]
+    decoder = decoder_of(spec, experts=NoExperts())
+    few, threads = compiled(isa, decoder), torch.get_num_threads()
+    alone = in_pieces(decoder, new_cache(spec, 20), [1] * 20, few)
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(in_pieces(decoder, new_cache(spec, 20), sizes, few), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [("int4-g32", 160), ("int4-g64", 192), ("int8-g32", 96), ("int8-g128", 256)],
+)
+def test_quantized_weights(isa: str, scheme: str, width: int) -> None:
+    """Against plain PyTorch: 8 bits of an activation cost up to 0.5% of a product.
+
+    Widths leave rests of what vectors hold.
+    """
+    spec = replace(
+        CHUNKED,
+        hidden_size=width,
+        head_dim=32,
+        shared_intermediate_size=width,
+        attention_bias=True,
+    )
+    weights: dict[str, Any] = random_weights(spec)
+    found = QuantScheme.parse(scheme)
+    for index, tensor in enumerate(spec.dense_tensors):
+        if tensor.linear:
+            weights[tensor.name] = random_weight(*tensor.shape, found, seed=index)
+            weights[tensor.name].scale.mul_(tensor.shape[1] ** -0.5 * 8)
+    decoder = decoder_of(spec, weights)
+    plain = {
+        name: dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
+        for name, weight in weights.items()
+    }
+    sizes = [1, 7, 1, 3]
+    expected = in_pieces(decoder_of(spec, plain), new_cache(spec, 12), sizes, None)
+    found = in_pieces(decoder, new_cache(spec, 12), sizes, compiled(isa, decoder))
+    assert (found - expected).norm() <= 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits(isa: str, dtype: torch.dtype) -> None:
+    weights = random_weights(CHUNKED, dtype)
+    decoder = decoder_of(CHUNKED, weights)
+    found = in_pieces(decoder, new_cache(CHUNKED, 9), [1, 7, 1], compiled(isa, decoder))
+    assert_equal(found, in_pieces(decoder, new_cache(CHUNKED, 9), [1, 7, 1], None))
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 1), (6, 6), (128, 8), (128, 2), (300, 4)])
+def test_experts_that_tie_come_in_the_order_of_torch(router: str, experts: int, top_k: int) -> None:
+    """A logit is one of three components, so that each occurs often and no sum is rounded."""
+    spec = replace(
+        SPEC,
+        layers=SPEC.layers[:1],
+        num_experts=experts,
+        experts_per_token=top_k,
+        router=router,
+        normalize_topk=router == "softmax",
+    )
+    weights = random_weights(spec)
+    rows = torch.randint(0, 3, (experts,), generator=torch.Generator().manual_seed(0))
+    weights["layers.0.router"] = torch.eye(spec.hidden_size)[rows]
+    provider = NoExperts()
+    decoder = decoder_of(spec, weights, provider)
+    sizes = [1, 8, 8]
+    in_pieces(decoder, new_cache(spec, 17), sizes, None)
+    expected, provider.chosen = provider.chosen, []
+    in_pieces(decoder, new_cache(spec, 17), sizes, compiled(ISAS[0], decoder))
+    for (found_ids, found_weights), (want_ids, want_weights) in zip(
+        provider.chosen, expected, strict=True
+    ):
+        assert found_ids.tolist() == want_ids.tolist()
+        torch.testing.assert_close(found_weights, want_weights, rtol=1e-5, atol=1e-7)
+
+
+def test_guesses_are_those_of_the_decoder(isa: str) -> None:
+    spec = replace(SPEC, layers=(LayerSpec("full", True, True),) * 3, num_experts=40)
+    provider = NoExperts()
+    decoder = decoder_of(spec, experts=provider, guesses=5)
+    in_pieces(decoder, new_cache(spec, 9), [8, 1], None)
+    expected, provider.guessed = provider.guessed, []
+    in_pieces(decoder, new_cache(spec, 9), [8, 1], compiled(isa, decoder))
+    assert len(expected) == 4
+    for found, want in zip(provider.guessed, expected, strict=True):
+        assert found.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "router"])
+def test_what_is_no_number_does_not_become_one(isa: str, name: str) -> None:
+    weights = random_weights(SPEC)
+    weights["layers.0.v_proj"] *= 1e-3  # of which a wrong weight makes no overflow
+    weights[f"layers.0.{name}"][0, 0] = torch.nan
+    provider = NoExperts()
+    decoder = decoder_of(SPEC, weights, provider)
+    found = run(decoder, Batch.of(ids(1), new_cache(SPEC, 4)), compiled(isa, decoder))
+    chosen, weight = provider.chosen[0]
+    assert chosen.min() >= 0
+    assert chosen.max() < SPEC.num_experts
+    assert (weight if name == "router" else found).isnan().any()
+
+
+def test_a_key_that_is_no_number_shows(isa: str) -> None:
+    """Among others that are: those do not hide it. Values are small, so that nothing overflows."""
+    weights = random_weights(SPEC)
+    weights["layers.0.v_proj"] *= 1e-3
+    decoder = decoder_of(SPEC, weights)
+    cache = new_cache(SPEC, 40)
+    in_pieces(decoder, cache, [30], None)
+    cache.storage(0)[0, :, 5] = torch.nan
+    assert run(decoder, Batch.of(ids(1), cache), compiled(isa, decoder)).isnan().any()
+
+
+def test_values_are_rounded_as_torch_rounds_them(isa: str) -> None:
+    """Ties go to even, and what is no number stays none: values that are their bias."""
+    spec = replace(SPEC, layers=SPEC.layers[:1], attention_bias=True)
+    weights = random_weights(spec)
+    weights["layers.0.v_proj"].zero_()
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, 1e-40, 0.0])
+    ties = torch.arange(0x3F800000, 0x3F8FFFFF, 0x8000, dtype=torch.int32)[:26].view(torch.float32)
+    weights["layers.0.v_proj.bias"] = torch.cat((odd, ties))
+    decoder, cache = decoder_of(spec, weights), new_cache(spec, 2, torch.bfloat16)
+    run(decoder, Batch.of(ids(1), cache), compiled(isa, decoder))
+    found, expected = cache.storage(0)[1, :, 0], torch.cat((odd, ties)).bfloat16().view(2, 16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_logit_that_is_no_number_is_chosen_first_as_torch_does() -> None:
+    weights = random_weights(CHUNKED)
+    weights["layers.0.router"][4, 0] = torch.nan
+    provider = NoExperts()
+    decoder = decoder_of(CHUNKED, weights, provider)
+    for few in (None, compiled(ISAS[0], decoder)):
+        run(decoder, Batch.of(ids(8), new_cache(CHUNKED, 8)), few)
+    plain, _, found, _ = (chosen for chosen, _ in provider.chosen)
+    assert found[:, 0].tolist() == plain[:, 0].tolist() == [4] * 8
+
+
+def test_what_the_compiled_way_does_not_take() -> None:
+    decoder = decoder_of(CHUNKED)
+    few = compiled(ISAS[0], decoder)
+
+    def takes(start: int, count: int, dtype: torch.dtype = torch.float32) -> bool:
+        cache = KvCache(CHUNKED, 40, dtype)
+        cache.begin(0, start)
+        cache.commit()
+        return few.takes(decoder.make_step(Batch.of(ids(count), cache)))
+
+    assert takes(8, 8)
+    assert takes(15, 1, torch.bfloat16)
+    assert not takes(7, 2), "the second token overwrites what the first looks at"
+    assert not takes(8, 9), "more than a few tokens"
+    assert not takes(8, 1, torch.float16), "a cache in fp16"
+
+
+@pytest.mark.parametrize("odd", ["one_quantized", "of_bitsandbytes", "with_gaps"])
+def test_weights_that_cannot_be_read_leave_the_plain_way(odd: str) -> None:
+    weights: dict[str, Any] = random_weights(SPEC)
+    right = decoder_of(SPEC, weights)
+    name = "layers.1.k_proj"
+    if odd == "one_quantized":
+        weights[name] = random_weight(*weights[name].shape, QuantScheme(8, 32), seed=0)
+    elif odd == "of_bitsandbytes":
+        weights[name] = BnbWeight.of(weights[name], "nf4", "cpu")
+    else:
+        weights[name] = weights[name].repeat(1, 2)[:, ::2][:, : SPEC.hidden_size]
+    assert FewTokens.of(library_of(ISAS[0]), right.layers) is not None
+    decoder = decoder_of(SPEC, weights)
+    assert FewTokens.of(library_of(ISAS[0]), decoder.layers) is None
+    ops.set_backend("cpu")
+    assert decoder.forward(Batch.of(ids(1), new_cache(SPEC, 4))).isfinite().all()
+
+
+def test_the_decoder_takes_the_compiled_way_where_its_kernels_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+    call = FewTokens.__call__
+
+    def counted(self: FewTokens, *arguments: Any) -> Tensor:
+        taken.append(ops.current_backend())
+        return call(self, *arguments)
+
+    monkeypatch.setattr(FewTokens, "__call__", counted)
+    decoder = decoder_of(SPEC)
+    for backend in ("reference", "torch", "cpu", "auto"):
+        ops.set_backend(backend)
+        decoder.forward(Batch.of(ids(1), new_cache(SPEC, 4)))
+    assert taken == ["cpu", "auto"]
