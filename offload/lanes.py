@@ -6,7 +6,7 @@ the expert in main memory. The two work at the same time and share main memory's
 """
 
 from dataclasses import dataclass
-from math import comb, inf
+from math import comb, inf, nextafter
 
 LINK, HOST = "link", "host"
 
@@ -72,7 +72,8 @@ def link_idle(speeds: LaneSpeeds, most: int, choices: int, vram: float = inf) ->
         in_vram = max(choices, missing) - missing + count
         by_link = (seconds - in_vram / vram) * speeds.link - count
         in_memory = seconds * speeds.ram - missing if speeds.ram < inf else inf
-        idle.append(max(0.0, min(by_link, in_memory)))
+        most_idle = nextafter(1.0, 0.0)  # where rounding makes a tie a little more than one
+        idle.append(max(0.0, min(by_link, in_memory, most_idle)))
     return tuple(idle)
 
 
