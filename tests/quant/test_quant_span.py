@@ -41,4 +41,4 @@ def test_what_lies_outside_the_span_is_not_used(
         ops.add_routed_experts(out, hidden, ids, weights, experts.addresses(), layout, span=span)
     finally:
         ops.set_backend(before)
-    assert_close(out, exact, 2e-2 if backend == "cpu" else 1e-5)  # activations in 8 bits
+    assert_close(out, exact, 5e-2 if backend == "cpu" else 1e-5)  # activations in 8 bits
