@@ -47,9 +47,11 @@ class DeviceTiers:
         favourites: Sequence[ExpertKey] = (),
         progress: Progress = lambda done, total: None,
         make_arena: MakeArena = HostArena,
+        copies_parts: bool = True,
     ) -> None:
         """`favourites`: experts (layer, expert) that VRAM shall hold first, the most wanted first;
-        where there are too few, the others follow, one of each layer in turn.
+        where there are too few, the others follow, one of each layer in turn. `copies_parts`: of
+        an expert whose slice is in VRAM a prompt brings the other rows alone, else all of them.
         """
         self.spec, self.layout, self.plan, self.device = spec, layout, plan, device
         self._progress = progress
@@ -61,7 +63,7 @@ class DeviceTiers:
         self._disk = disk
         staging = None
         if plan.staging_slots:
-            pieces = self._not_in_slices() if plan.slice_size else None
+            pieces = self._not_in_slices() if plan.slice_size and copies_parts else None
             staging = SlotPool(plan.staging_slots, plan.slot_nbytes, device, pieces=pieces)
         self.manager = ExpertManager(disk, arena, staging)
         self.cache: DeviceCache | None = None

@@ -100,7 +100,7 @@ def open_device(
     """The model on a device, as planned. `notify` hears of every way in which it is less."""
     tiers = DeviceTiers(
         *(spec, layout, plan, disk, settings.device, settings.pinner),
-        *(favourites.keys, progress, settings.make_arena),
+        *(favourites.keys, progress, settings.make_arena, settings.paths.parts),
     )
     if tiers.needs_host and not settings.paths.doorbell:
         tiers.close()

@@ -29,6 +29,7 @@ _SOURCES = (  # whatever decides what a fast path computes
     *("quant/ops.py", "quant/layout.py", "quant/kernels"),
     *("offload/device_cache.py", "offload/device_ops.py", "offload/host_lane.py"),
     *("offload/lane_ops.py", "offload/mailbox.py", "offload/kernels"),
+    *("offload/slots.py", "offload/transfer.py", "offload/copy2d.py", "offload/pieces.py"),
     *("moecli/graphs.py", "moecli/models/fused.py", "moecli/models/kernels"),
     *("moecli/selfcheck.py", "moecli/checks"),
 )
@@ -45,6 +46,7 @@ class FastPaths:
     graph: bool = True  # a decode step as one CUDA graph; off: launched kernel by kernel
     fetch: bool = True  # experts copied into slots by the device itself; off: not fetched at decode
     doorbell: bool = True  # experts handed to the host from inside a step; off: not by the host
+    parts: bool = True  # the rows that slices lack, copied for a prompt; off: whole experts
 
     @classmethod
     def none(cls) -> "FastPaths":

@@ -1,4 +1,4 @@
-"""Knows the cases of what moves experts: the cache on the device, its fetches, the doorbell.
+"""Knows the cases of what moves experts: the cache on the device, fetches, copies, the doorbell.
 
 Legend: L MoE layers, E experts a layer, S slots, T tokens, k choices a token, H hidden.
 """
@@ -15,7 +15,10 @@ from moecli.selfcheck import Case
 from offload.device_cache import DeviceCache
 from offload.host import HostArena
 from offload.host_lane import HostLane
+from offload.pieces import Piece, copy_pieces
 from offload.pinning import CudaPinner, Pinner, SimulatedPinner
+from offload.slots import SlotPool
+from quant.kernels.experts import memory_at
 
 _LAYERS, _EXPERTS, _CHOICES = 2, 8, 4
 _SLOT_NBYTES = 5 * 4096
@@ -23,6 +26,7 @@ _UNREACHABLE = 3  # the expert of each layer that only the host can serve
 _LINK_COUNTS = [0, 1, 1, 2, 3, *range(4, 64)]
 _LINK_IDLE = [0, 4096, *[3 * 4096] * 62]  # so an expert comes piece by piece as well
 _STEPS = 10
+_HOST = torch.device("cpu")
 
 
 def pinner_of(device: torch.device) -> Pinner:
@@ -130,6 +134,25 @@ def fetch(device: torch.device) -> None:
                 raise Mismatch(str(error)) from error
 
 
+def parts(device: torch.device) -> None:
+    """Runs of an expert that lie apart, at odd places, copied to theirs in a slot and no others."""
+    wanted = (Piece(5, 1000), Piece(4096, 300, 20, 700))
+    with pinned_slots(device, 2, _SLOT_NBYTES) as arena:
+        pool = SlotPool(2, _SLOT_NBYTES, device, pieces=wanted)
+        try:
+            for slot in range(2):
+                values = random(_SLOT_NBYTES // 4, seed=slot)
+                ctypes.memmove(arena.address(slot), values.data_ptr(), _SLOT_NBYTES)
+                target = memory_at(pool.address(1 - slot), _SLOT_NBYTES, device)
+                expected = target.cpu().clone()  # whatever lies there
+                copy_pieces(expected, memory_at(arena.address(slot), _SLOT_NBYTES, _HOST), wanted)
+                with arena.buffer(slot) as buffer:
+                    pool.copy_in(1 - slot, buffer)
+                equal(f"slot {1 - slot}", target.cpu(), expected)
+        finally:
+            pool.close()
+
+
 def doorbell(device: torch.device) -> None:
     """Requests that the host answers in full, in part, and such that ask for nothing."""
     hidden, ids = random(2, 96, seed=1).bfloat16(), torch.tensor([[1, 2], [2, 5]])
@@ -176,3 +199,4 @@ def lane_cases() -> Iterator[Case]:
     yield Case("kernels", "the cache's bookkeeping", resolve)
     yield Case("fetch", "experts copied into slots", fetch)
     yield Case("doorbell", "requests to the host", doorbell)
+    yield Case("parts", "parts of experts copied into slots", parts)

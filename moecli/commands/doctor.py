@@ -40,6 +40,7 @@ _PATHS = {  # what a fast path is called here, and what is done without it
     "graph": ("GPU graph", "each kernel is launched by itself, which costs time at every token"),
     "fetch": ("GPU fetch", "experts that VRAM does not hold are never brought there at decode"),
     "doorbell": ("GPU doorbell", "the processor takes no part in decoding"),
+    "parts": ("GPU parts", "a prompt copies whole experts where VRAM has slices of them"),
 }
 _PACKAGES = ("torch", "transformers", "tokenizers", "typer", "rich")
 _FAST_ISA = {"avx2", "asimd"}

@@ -313,6 +313,7 @@ def test_doctor_shows_the_fast_paths_of_a_card(real_cli, card) -> None:
         "warn  GPU graph     off: `case graph` failed: Mismatch: step 3: off by 2",
         "ok    GPU fetch     1 cases right, compared earlier",
         "ok    GPU doorbell  1 cases right, compared earlier",
+        "ok    GPU parts     1 cases right, compared earlier",
     ]
     assert "fix: until `moecli doctor --refresh` finds it right, each kernel" in outcome.out
     assert card == [False]

@@ -3,6 +3,7 @@
 The device is simulated: main memory instead of VRAM, the same tables, lanes and decode loop.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 
 from moecli import opening_device
 from moecli.config import SIMULATED, EngineConfig, SamplingConfig
-from moecli.device import DeviceParts
+from moecli.device import DeviceParts, DeviceSettings
 from moecli.engine import Engine
 from moecli.events import Finished, GenerationStats
 from moecli.footprint import model_footprint
 from moecli.models.config import ModelSpec
+from moecli.selfcheck import FastPaths
 from offload.hardware import Machine
 from offload.manager import ExpertManager
 from offload.pinning import SimulatedPinner
@@ -180,11 +182,20 @@ def test_a_prompt_s_experts_are_copied_ahead(
     assert long_ones <= len(guessed) / (tiny.LAYERS - 1) <= chunks
 
 
-@pytest.mark.parametrize("share", [0.7, 0.9])
+@pytest.mark.parametrize(("share", "parts"), [(0.7, True), (0.9, True), (0.7, False)])
 def test_a_prompt_s_slices_are_not_copied_again(
-    quantized_wide: Path, expected_wide: Answer, share: float, monkeypatch: pytest.MonkeyPatch
+    quantized_wide: Path,
+    expected_wide: Answer,
+    share: float,
+    parts: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of experts this small a copy in pieces would not pay: here it is done all the same."""
+    """Of experts this small a copy in pieces would not pay: here it is done all the same.
+
+    Where the self-check has found that parts are not copied right, whole experts are.
+    """
+    settings = functools.partial(DeviceSettings, paths=FastPaths(parts=parts))
+    monkeypatch.setattr("moecli.opening_device.DeviceSettings", settings)
     monkeypatch.setattr("offload.pieces.RUN_GAP_NBYTES", 1)
     monkeypatch.setattr("offload.pieces.GAP_NBYTES", 1)
     wishes = EngineConfig(
@@ -211,7 +222,7 @@ def test_a_prompt_s_slices_are_not_copied_again(
     absent = plan.intermediate_size - plan.slice_size
     assert 0 < absent < plan.intermediate_size
     a_row = plan.expert_nbytes // plan.intermediate_size
-    assert stats.device_nbytes == copies * absent * a_row
+    assert stats.device_nbytes == copies * (absent * a_row if parts else plan.expert_nbytes)
 
 
 @pytest.mark.parametrize("captured_once", [False, True])

@@ -114,6 +114,12 @@ BROKEN = [
     ("fetch", "experts copied into slots", "offload.kernels.fetch.fetch", _half_of_it),
     ("doorbell", "requests to the host", "offload.kernels.doorbell.wait", _does_nothing),
     ("doorbell", "requests to the host", "offload.kernels.doorbell.ring", _fails),
+    (
+        "parts",
+        "parts of experts copied into slots",
+        "offload.slots.SlotPool.copy_in",
+        _does_nothing,
+    ),
 ]
 
 
