@@ -3,7 +3,7 @@
     python benchmarks/vs_llama_cpp.py --peer-python PATH --work DIR [--json FILE]
 
 PATH is the Python of a virtual environment with llama-cpp-python and gguf, whose source is built
-for this processor; docs/performance.md says how to make it. DIR takes the models, some 15 to 50 GB
+for this processor; docs/performance.md says how to make it. DIR takes the models, some 14 to 40 GB
 a shape, which are removed after it was measured unless `--keep` is given.
 
 Both sides are processes that are told to decode or to read a prompt, one at a time, while the
