@@ -29,7 +29,7 @@ from quant.kernels.triton.card import Card
 REAL_ROWS = {"_GATE_UP_ROWS": 4, "_DOWN_ROWS": 8}  # of a tile on a GPU
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _triton() -> Iterator[None]:
     before = ops.current_backend()
     ops.set_backend("triton")
