@@ -61,6 +61,7 @@ def _cache(
             *(_LAYERS, _EXPERTS, num_slots, _SLOT_NBYTES, expert_nbytes, device, addresses),
             *(placement, torch.tensor(_LINK_COUNTS, dtype=torch.int32), _LINK_IDLE, 2 * _CHOICES),
         )
+        cache._slots.fill_(0xA5)  # else memory of an earlier cache may have the right bytes already
         try:
             yield cache, arena
         finally:
