@@ -26,6 +26,7 @@ def measure(path: Path, heldout: Path, most: int, max_tokens: int) -> dict[str, 
     ]
     found: dict[str, torch.Tensor] = {}
     for kernels in ("torch", "cpu"):
+        # Of a Subject both functions want the tokenizer and the decoder, which an Engine has too.
         with Engine.open(path, EngineConfig(device="cpu", kernels=kernels)) as engine:
             documents = []
             for line in lines[:: max(1, len(lines) // most)]:

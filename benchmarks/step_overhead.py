@@ -194,6 +194,7 @@ class Clock:
         self.experts: list[float] = []
         self._decoder = model.decoder
         self._begin = model.provider.begin
+        # The engine knows nothing of clocks: what is timed is put in its places from here.
         model.provider.begin = self._timed_begin  # type: ignore[method-assign]
         few = model.decoder._few_tokens()
         assert few is not None, "the compiled kernels do not compute here"

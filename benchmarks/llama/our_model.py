@@ -69,6 +69,7 @@ def make(config: dict[str, Any], out: Path, scheme: QuantScheme, dense_scheme: Q
         shapes = {name: info.shape for name, info in source.tensors.items()}
         conversion = plan_conversion(ModelSpec.from_hf(config), shapes, dense_scheme)
         said = quantization_config(scheme, dense_scheme, conversion.ignore)
+        # A checkpoint whose tensors are drawn when they are read: all that `convert` asks of one.
         job = ConversionJob(
             source=source,  # type: ignore[arg-type]
             out=out,

@@ -107,6 +107,7 @@ class Ours:
             counts.update((layer, expert) for expert in topk_ids.flatten().tolist())
             return begin(layer, hidden, topk_ids, weights)
 
+        # Each token's choice counts here; ExpertUsage counts an expert once a step.
         provider.begin = counting  # type: ignore[method-assign]
         try:
             self.prefill(tokens)
