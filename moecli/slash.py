@@ -154,7 +154,8 @@ def _show(talk: Talk, argument: str) -> None:
     say(f"model    {talk.engine.path}")
     say(f"experts  {ui.places(plan)}")
     say(f"memory   {ui.memory(plan)}")
-    settings = {name: value for name, value in asdict(talk.sampling).items() if value is not None}
+    every = asdict(talk.sampling).items()
+    settings = {name: value for name, value in every if value is not None and value is not False}
     say(f"sampling {', '.join(f'{name} {value}' for name, value in settings.items())}")
 
 

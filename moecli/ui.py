@@ -157,7 +157,7 @@ def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
 def _said(plan: "MemoryPlan") -> str:
     if plan.predicted_tok_s is None:
         return ""
-    return f" (planned: {_at_most(plan.predicted_tok_s, plan.bottleneck)})"
+    return f" (planned: {at_most(plan.predicted_tok_s, plan.bottleneck)})"
 
 
 _LIMITS = {
@@ -170,7 +170,7 @@ _LIMITS = {
 }
 
 
-def _at_most(tok_s: float, bottleneck: str | None) -> str:
+def at_most(tok_s: float, bottleneck: str | None) -> str:
     """A plan knows bandwidths, not what a step costs besides: it must not read like a promise."""
     return f"at most {tok_s:.1f}, limited by {_LIMITS[bottleneck or '']}"
 
@@ -421,7 +421,7 @@ def _speeds(plan: "MemoryPlan") -> list[tuple[str, str, str]]:
     """What bandwidth allows: (label, for people, in full)."""
     if plan.predicted_tok_s is None:
         return [("decode tok/s", "unknown, as long as a bandwidth is", "\t")]
-    said = _at_most(plan.predicted_tok_s, plan.bottleneck)
+    said = at_most(plan.predicted_tok_s, plan.bottleneck)
     found = [("decode tok/s", said, f"{plan.predicted_tok_s}\t{plan.bottleneck}")]
     if plan.lanes:
         alone = (("link alone", plan.link_tok_s), ("CPU alone", plan.host_tok_s))

@@ -165,7 +165,7 @@ def _predicted(result: "BenchResult") -> str:
     if rate is None:
         return "unknown, as long as a bandwidth is"
     warm = next(row for row in result.rows if row.slots == "warm" and row.test.startswith("tg"))
-    text = f"{rate:.1f} tok/s by {plan.bottleneck} bandwidth, measured {warm.tok_s:.1f}"
+    text = f"{ui.at_most(rate, plan.bottleneck)}, measured {warm.tok_s:.1f}"
     hits = warm.median("hit_rate")
     if hits is None:
         return text

@@ -26,7 +26,7 @@ hub need not be downloaded. The budgets and
 bandwidths may be those of another machine; what is not given is measured here, once, and kept:
 `moecli doctor` measures anew. Exits with 1 where the model does not fit."""
 EXAMPLES = """
-moecli plan demo --ram 8MiB
+moecli plan demo --ram 16MiB
 moecli plan scout-int4 --ctx 32k --vram 20GiB
 moecli plan ./Llama-4-Scout-17B-16E-Instruct --vram 24GiB --ram 64GiB --link 25GB/s --vram-bw 1TB/s
 """

@@ -77,7 +77,7 @@ def test_markdown(cli, model, asked) -> None:
         "| tg128 | warm | 60.0 | 50.0 - 90.0 |  | 75.0% | 1.0 KiB | 3.0 MiB | 60% |",
     ]
     assert out[5] == (
-        f"- predicted: {PLAN.predicted_tok_s:.1f} tok/s by {PLAN.bottleneck} bandwidth, measured "
+        f"- predicted: at most {PLAN.predicted_tok_s:.1f}, limited by RAM bandwidth, measured "
         f"60.0; hits {PLAN.hit_rate_assumed:.1%}, measured 75.0%"
     )
     assert "- bandwidth: RAM 30.0 GB/s, disk 2.0 GB/s" in out

@@ -8,6 +8,7 @@ import pytest
 
 from moecli import selfcheck, store
 from moecli.commands import doctor
+from moecli.commands import plan as plan_command
 from offload import bandwidth, hardware, measured
 from quant import ops
 from quant.kernels.cpu.library import BUILD_HINT, NoLibrary
@@ -137,6 +138,12 @@ def test_plan_of_scout(real_cli, scout) -> None:
     assert plan["bottleneck"] == "cpu"
     seconds = (plan["dense_nbytes"] + active) / 20e9 + missing / 5e9
     assert plan["predicted_tok_s"] == pytest.approx(1 / seconds)
+
+
+def test_the_first_example_of_the_help_page_fits(real_cli) -> None:
+    example = plan_command.EXAMPLES.strip().splitlines()[0].split()
+    assert example[:3] == ["moecli", "plan", "demo"]
+    assert real_cli(*example[1:]).code == 0
 
 
 def test_plan_piped_has_full_values(real_cli, scout) -> None:
