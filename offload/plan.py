@@ -365,9 +365,10 @@ def _ram_slots(footprint: ModelFootprint, budget: int, fixed: int) -> int:
     slots = (budget - fixed) // footprint.slot_nbytes
     if slots < least:
         needed = fixed + least * footprint.slot_nbytes
+        experts = f"{least} expert{'' if least == 1 else 's'}"
         raise OffloadError(
             f"{_gib(budget)} of RAM are too little: the model needs {_gib(needed)} "
-            f"({_gib(fixed)} that must be there, {_gib(needed - fixed)} for {least} experts)",
+            f"({_gib(fixed)} that must be there, {_gib(needed - fixed)} for {experts})",
             f"give `--ram {_gib(needed, roundup=True)}` or more, or a shorter context with `--ctx`",
         )
     return slots
