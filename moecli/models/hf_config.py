@@ -20,7 +20,7 @@ BITSANDBYTES = "bitsandbytes"
 _MISSING: Any = object()
 
 
-class _Fields:
+class Fields:
     """Typed reads of one JSON object; every complaint names the key."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
@@ -54,13 +54,13 @@ class _Fields:
         value = self.values.get(key)
         return default if value is None else bool(value)
 
-    def section(self, key: str) -> "_Fields":
-        return _Fields(self.get(key, dict), f"`{key}` of {self.where}")
+    def section(self, key: str) -> "Fields":
+        return Fields(self.get(key, dict), f"`{key}` of {self.where}")
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a parsed config.json; raises MoecliError naming what is wrong with it."""
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     reader = _READERS.get(architecture)
     if reader is None:
         if not _has_experts(config):
@@ -72,12 +72,18 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         raise MoecliError(
             f"moecli does not know the architecture `{architecture}` ({kind})", _SUPPORTED_HINT
         )
-    spec = reader(architecture, _Fields(config))
+    spec = reader(architecture, Fields(config))
     _check(spec)
     return spec
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether moecli runs models of this architecture."""
+    return architecture_of(config) in _READERS
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The name of the model's class in transformers."""
     names = config.get("architectures") or []
     if isinstance(names, list) and names and isinstance(names[0], str):
         return names[0]
@@ -123,10 +129,10 @@ def _check(spec: ModelSpec) -> None:
         )
 
 
-def _rope(fields: _Fields, kind: RopeKind) -> RopeSpec:
+def _rope(fields: Fields, kind: RopeKind) -> RopeSpec:
     """transformers 5 stores `rope_parameters`; before, `rope_theta` and `rope_scaling`."""
     new = fields.get("rope_parameters", dict, {})
-    scaling = _Fields(new or fields.get("rope_scaling", dict, {}), "the RoPE part of config.json")
+    scaling = Fields(new or fields.get("rope_scaling", dict, {}), "the RoPE part of config.json")
     owner = scaling if new.get("rope_theta") is not None else fields
     theta = owner.get("rope_theta", float)
     rope_type = scaling.get("rope_type", str, scaling.get("type", str, "default"))
@@ -146,13 +152,13 @@ def _rope(fields: _Fields, kind: RopeKind) -> RopeSpec:
     )
 
 
-def _require_silu(fields: _Fields) -> None:
+def _require_silu(fields: Fields) -> None:
     activation = fields.get("hidden_act", str)
     if activation != "silu":
         raise MoecliError(f"`hidden_act` `{activation}` is not supported", "supported: `silu`")
 
 
-def _common(fields: _Fields) -> dict[str, Any]:
+def _common(fields: Fields) -> dict[str, Any]:
     """What all families call by the same name."""
     _require_silu(fields)
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -168,7 +174,7 @@ def _common(fields: _Fields) -> dict[str, Any]:
     }
 
 
-def _llama4(architecture: str, top: _Fields) -> ModelSpec:
+def _llama4(architecture: str, top: Fields) -> ModelSpec:
     fields = top.section("text_config") if "text_config" in top.values else top
     count = fields.size("num_hidden_layers")
     layers = _llama4_layers(fields, count)
@@ -204,7 +210,7 @@ def _llama4(architecture: str, top: _Fields) -> ModelSpec:
     )
 
 
-def _llama4_layers(fields: _Fields, count: int) -> tuple[LayerSpec, ...]:
+def _llama4_layers(fields: Fields, count: int) -> tuple[LayerSpec, ...]:
     interval = fields.size("no_rope_layer_interval", 4)
     rope = fields.get("no_rope_layers", list, []) or [(i + 1) % interval for i in range(count)]
     kinds = fields.get("layer_types", list, []) or [
@@ -223,7 +229,7 @@ def _llama4_layers(fields: _Fields, count: int) -> tuple[LayerSpec, ...]:
     )
 
 
-def _attention_kind(fields: _Fields, name: Any) -> AttentionKind:
+def _attention_kind(fields: Fields, name: Any) -> AttentionKind:
     if name == "full_attention":
         return "full"
     if name == "chunked_attention":
@@ -234,7 +240,7 @@ def _attention_kind(fields: _Fields, name: Any) -> AttentionKind:
     )
 
 
-def _vision_params(top: _Fields, text_hidden: int) -> int:
+def _vision_params(top: Fields, text_hidden: int) -> int:
     """Weights of Llama 4's vision tower, adapter and projector; 0 for a text checkpoint."""
     if not top.get("vision_config", dict, {}):
         return 0
@@ -252,7 +258,7 @@ def _vision_params(top: _Fields, text_hidden: int) -> int:
     return vision.size("num_hidden_layers") * layer + embedding + adapter + projector
 
 
-def _qwen3_moe(architecture: str, fields: _Fields) -> ModelSpec:
+def _qwen3_moe(architecture: str, fields: Fields) -> ModelSpec:
     if fields.flag("use_sliding_window", False):
         raise MoecliError(
             "moecli does not know the sliding window that `use_sliding_window` asks for",
@@ -284,7 +290,7 @@ def _qwen3_moe(architecture: str, fields: _Fields) -> ModelSpec:
     )
 
 
-_READERS: dict[str, Callable[[str, _Fields], ModelSpec]] = {
+_READERS: dict[str, Callable[[str, Fields], ModelSpec]] = {
     "Llama4ForConditionalGeneration": _llama4,
     "Llama4ForCausalLM": _llama4,
     "Qwen3MoeForCausalLM": _qwen3_moe,
