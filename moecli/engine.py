@@ -21,6 +21,7 @@ from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.naming import dense_loader
+from moecli.models.outline import Counted
 from moecli.opening_device import (
     compute_device,
     dense_weights,
@@ -239,7 +240,7 @@ class Engine:
         self.close()
 
 
-def context_size(asked: int | None, spec: ModelSpec) -> int:
+def context_size(asked: int | None, spec: Counted) -> int:
     """Tokens of context: what was asked for, or the smaller of the model's own and 8192."""
     if asked is None:
         return min(spec.max_context, DEFAULT_CTX)

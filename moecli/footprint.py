@@ -1,10 +1,11 @@
-"""Knows how many bytes each part of a model takes in memory, from its spec and schemes alone."""
+"""Knows how many bytes each part of a model takes, from its spec or outline and schemes alone."""
 
 from moecli.config import KV_DTYPES, RUN_SCHEMES
-from moecli.models.config import DenseTensor, ModelSpec
+from moecli.models.config import DenseTensor
+from moecli.models.outline import Counted, Outline
 from offload.plan import ModelFootprint
-from quant.layout import ExpertLayout
-from quant.scheme import QuantScheme
+from quant.layout import SLOT_ALIGNMENT, ExpertLayout
+from quant.scheme import GROUP_SIZES, QuantScheme
 
 _KV_ITEMSIZES = {"auto": (2, 0), "bf16": (2, 0), "int8": (1, 2)}  # of a number, and of a scale
 STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
@@ -12,8 +13,39 @@ COMPUTE_ITEMSIZE = 4  # activations are fp32
 _BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantization
 
 
-def expert_layout(spec: ModelSpec, scheme: QuantScheme) -> ExpertLayout:
+def expert_layout(spec: Counted, scheme: QuantScheme) -> ExpertLayout:
     return ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, scheme)
+
+
+def expert_nbytes(spec: Counted, scheme: QuantScheme | None) -> int:
+    """Bytes of one routed expert, its biases in 16 bits; `scheme` None: 16 bits throughout."""
+    if scheme is None:
+        return STORED_ITEMSIZE * spec.expert_numel
+    biases = spec.expert_bias_numel if isinstance(spec, Outline) else 0
+    return expert_layout(spec, scheme).nbytes + STORED_ITEMSIZE * biases
+
+
+def stored_nbytes(
+    spec: Counted, scheme: QuantScheme | None, dense_scheme: QuantScheme | None
+) -> int:
+    """Bytes of all weights in a checkpoint, a vision tower in 16 bits included."""
+    dense = sum(tensor_nbytes(tensor, dense_scheme) for tensor in spec.dense_tensors)
+    experts = len(spec.moe_layers) * spec.num_experts * expert_nbytes(spec, scheme)
+    return dense + experts + STORED_ITEMSIZE * spec.num_vision_params
+
+
+def fitting(spec: Counted, scheme: QuantScheme, experts: bool) -> QuantScheme:
+    """`scheme` with the widest groups, up to its own, that divide the rows it is for.
+
+    `experts`: those of routed experts; else those of all other linears.
+    """
+    if experts:
+        widths = {spec.hidden_size, spec.expert_intermediate_size}
+    else:
+        widths = {tensor.shape[1] for tensor in spec.dense_tensors if tensor.linear}
+    groups = (g for g in sorted(GROUP_SIZES, reverse=True) if g <= scheme.group_size)
+    whole = (g for g in groups if not any(width % g for width in widths))
+    return QuantScheme(scheme.bits, next(whole, scheme.group_size))
 
 
 def tensor_nbytes(
@@ -42,7 +74,7 @@ def _nf4_nbytes(numel: int) -> int:
     return -(-numel // 2) + blocks + 4 * (-(-blocks // _BNB_NESTED_BLOCK) + 256 + 1)
 
 
-def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+def workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     """Most bytes of activations that are alive at once while a chunk of prompt passes a layer.
 
     Hidden states, their norm and the residual; queries, keys, values and the attended result;
@@ -59,13 +91,13 @@ def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
 
 
-def kv_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+def kv_nbytes(spec: Counted, ctx: int, kv_dtype: str) -> int:
     """Bytes of a KV cache; `kv_dtype` is EngineConfig's."""
     assert kv_dtype in KV_DTYPES, f"no dtype of a KV cache is called {kv_dtype}"
     return spec.kv_nbytes(ctx, *_KV_ITEMSIZES[kv_dtype])
 
 
-def expanded_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+def expanded_nbytes(spec: Counted, ctx: int, kv_dtype: str) -> int:
     """What a chunk of prompt needs besides where the KV cache is int8: one layer of it in bf16."""
     if kv_dtype != "int8":
         return 0
@@ -73,14 +105,14 @@ def expanded_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
     return 2 * spec.num_kv_heads * spec.head_dim * STORED_ITEMSIZE * longest
 
 
-def device_workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+def device_workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     """The same where a device computes: all choices' inner activations are alive at once there."""
     inner = min(prefill_chunk, ctx) * spec.experts_per_token * spec.expert_intermediate_size
     return workspace_nbytes(spec, ctx, prefill_chunk) + COMPUTE_ITEMSIZE * inner
 
 
 def model_footprint(
-    spec: ModelSpec,
+    spec: Counted,
     scheme: QuantScheme,
     dense_scheme: QuantScheme | None,
     ctx: int,
@@ -92,7 +124,7 @@ def model_footprint(
 
     `run_scheme` is EngineConfig.dense_scheme, `kv_dtype` its namesake there.
     """
-    layout = expert_layout(spec, scheme)
+    expert = expert_nbytes(spec, scheme)
     embedding = 0
     if not spec.tie_word_embeddings:  # a tied one is read whole, as the head
         embedding = STORED_ITEMSIZE * spec.vocab_size * spec.hidden_size
@@ -106,8 +138,8 @@ def model_footprint(
         num_moe_layers=len(spec.moe_layers),
         num_experts=spec.num_experts,
         experts_per_token=spec.experts_per_token,
-        expert_nbytes=layout.nbytes,
-        slot_nbytes=layout.slot_nbytes,
+        expert_nbytes=expert,
+        slot_nbytes=-(-expert // SLOT_ALIGNMENT) * SLOT_ALIGNMENT,
         intermediate_size=spec.expert_intermediate_size,
         group_size=scheme.group_size,
         device_workspace_nbytes=device_workspace_nbytes(spec, ctx, prefill_chunk),

@@ -1,20 +1,37 @@
 """Knows how a model, its settings and a machine become the plan that is shown and executed."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint
-from moecli.models.config import ModelSpec
+from moecli.models.outline import Counted
 from offload.errors import OffloadError
 from offload.hardware import Machine
 from offload.plan import MemoryPlan, ModelFootprint, plan_context
 from quant.scheme import QuantScheme
 
+Schemes = tuple[QuantScheme, QuantScheme | None]  # of the experts and of the rest
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that a plan follows from; `ctx` in tokens."""
+
+    spec: Counted
+    schemes: Schemes
+    ctx: int
+    config: EngineConfig
+    machine: Machine
+
+    def answer(self) -> MemoryPlan:
+        """See `plan_model`."""
+        return plan_model(self.spec, self.schemes, self.ctx, self.config, self.machine)
+
 
 def plan_model(
-    spec: ModelSpec,
-    schemes: tuple[QuantScheme, QuantScheme | None],
+    spec: Counted,
+    schemes: Schemes,
     ctx: int,
     config: EngineConfig,
     machine: Machine,
@@ -25,6 +42,11 @@ def plan_model(
     settings allow it. Raises OffloadError when that does not fit; the hint says what would; and
     MoecliError for what a card cannot do.
     """
+    if config.placement == "lru" and spec.experts_per_token == spec.num_experts:
+        raise MoecliError(
+            "every token takes all experts here: slots that change by use would never hit",
+            "give `--placement pinned`, or leave it out",
+        )
     try:
         plan = _plan(spec, schemes, ctx, config, machine)
     except OffloadError as error:
@@ -44,8 +66,8 @@ def plan_model(
 
 
 def _plan(
-    spec: ModelSpec,
-    schemes: tuple[QuantScheme, QuantScheme | None],
+    spec: Counted,
+    schemes: Schemes,
     ctx: int,
     config: EngineConfig,
     machine: Machine,
@@ -63,8 +85,8 @@ def _plan(
 
 
 def _fits(
-    spec: ModelSpec,
-    schemes: tuple[QuantScheme, QuantScheme | None],
+    spec: Counted,
+    schemes: Schemes,
     ctx: int,
     config: EngineConfig,
     machine: Machine,

@@ -198,8 +198,12 @@ def speed_without_device(footprint: ModelFootprint, machine: Machine, in_memory:
     return _timed(found, parts)
 
 
-def prefill_tok_s(footprint: ModelFootprint, machine: Machine, where: Places) -> float | None:
-    """Tokens of a long prompt a second on a device, by bandwidth alone; None where unknown.
+def prefill_speed(
+    footprint: ModelFootprint, machine: Machine, where: Places
+) -> tuple[float, str] | None:
+    """Tokens of a long prompt a second on a device, and the bandwidth that limits them.
+
+    By bandwidth alone; None where one is unknown.
 
     Every chunk streams the experts that some token of it chose (each token choosing at random)
     and that VRAM does not hold, of sliced ones the rows that it lacks, while the ones before are
@@ -213,10 +217,11 @@ def prefill_tok_s(footprint: ModelFootprint, machine: Machine, where: Places) ->
     read = chosen * (1 - where.in_memory / total)
     if not tokens or not vram or (streamed and not link) or (read and not disk):
         return None
-    computed_s = (footprint.dense_nbytes + chosen) / vram
-    streamed_s = streamed / link if link and streamed else 0.0
-    read_s = read / disk if disk and read else 0.0
-    return tokens / max(computed_s, streamed_s, read_s)
+    parts = {"vram": (footprint.dense_nbytes + chosen) / vram}
+    parts["link"] = streamed / link if link and streamed else 0.0
+    parts["disk"] = read / disk if disk and read else 0.0
+    slowest = max(parts, key=lambda name: parts[name])
+    return tokens / parts[slowest], slowest
 
 
 def _misses(footprint: ModelFootprint, where: Places, speeds: LaneSpeeds) -> Misses:

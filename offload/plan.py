@@ -20,7 +20,7 @@ from offload.placing import (
     lane_speeds,
     least_room,
     places,
-    prefill_tok_s,
+    prefill_speed,
     speed,
     speed_without_device,
     ways,
@@ -88,6 +88,7 @@ class MemoryPlan:
     link_tok_s: float | None  # the same if the link alone served what VRAM lacks
     host_tok_s: float | None  # the same if the processor did
     predicted_prefill_tok_s: float | None  # by bandwidth alone; None without a device
+    prefill_bottleneck: str | None  # "link", "disk" or "vram"
     ram_nbytes: int  # of the budget, what the plan uses
     vram_nbytes: int
     ram_available: int | None  # on the machine, when the plan was made
@@ -207,6 +208,7 @@ def make_plan(
     resident = where.device_slots * footprint.slot_nbytes
     resident += footprint.total_experts * where.slice_nbytes
     fixed = budget - room + where.staging_slots * footprint.slot_nbytes
+    prefill, prefill_limit = prefill_speed(footprint, machine, where) or (None, None)
     return replace(
         plan,
         vram_budget=budget,
@@ -219,7 +221,8 @@ def make_plan(
         bounce_nbytes=footprint.slot_nbytes,
         link_tok_s=speed(footprint, machine, where, (LINK,)).tok_s,
         host_tok_s=speed(footprint, machine, where, (HOST,)).tok_s,
-        predicted_prefill_tok_s=prefill_tok_s(footprint, machine, where),
+        predicted_prefill_tok_s=prefill,
+        prefill_bottleneck=prefill_limit,
         vram_nbytes=fixed + resident + (footprint.embedding_nbytes if embedding_on_device else 0),
         vram_free_before=machine.vram_free,
     )
@@ -263,16 +266,22 @@ def _options(
         if lane == "auto" and HOST in lanes and not machine.host_bw:
             continue
         where = places(footprint, name, room, ram_slots)
-        if where is None or (placement == "auto" and _is_pointless(where, name, lanes, found)):
+        if where is None:
+            continue
+        if placement == "auto" and _is_pointless(footprint, where, name, lanes, found):
             continue
         found.append((where, lanes, speed(footprint, machine, where, lanes)))
     return found
 
 
-def _is_pointless(where: Places, name: str, lanes: Lanes, simpler: list[Option]) -> bool:
+def _is_pointless(
+    footprint: ModelFootprint, where: Places, name: str, lanes: Lanes, simpler: list[Option]
+) -> bool:
     """Whether a placement has nothing over the simpler ones that bandwidth could tell."""
     if where.device_share == 1:
         return name != "pinned"  # nothing ever moves
+    if name == "lru" and footprint.experts_per_token == footprint.num_experts:
+        return True  # each would leave before it is wanted again
     if name == "pinned" and LINK in lanes:
         # Slots filled once hold other experts than RAM does; that is all they gain.
         return any(o.placement == "lru" and o.in_memory == where.in_memory for o, _, _ in simpler)
@@ -349,6 +358,7 @@ def _plan(
         link_tok_s=None,
         host_tok_s=None,
         predicted_prefill_tok_s=None,
+        prefill_bottleneck=None,
         ram_nbytes=ram_fixed + where.host_slots * footprint.slot_nbytes,
         vram_nbytes=0,
         ram_available=machine.ram_available,

@@ -112,10 +112,10 @@ def test_directory_that_is_no_model(real_cli, home, command) -> None:
     outcome = real_cli(command, home)
     assert outcome.code == 1
     assert "has no `config.json`" in outcome.err
-    (home / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (home / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     outcome = real_cli(command, home)
     assert outcome.code == 1
-    assert "`LlamaForCausalLM`" in outcome.err
+    assert "`GPT2LMHeadModel`" in outcome.err
 
 
 def test_plan_of_scout(real_cli, scout) -> None:
@@ -150,8 +150,8 @@ def test_plan_piped_has_full_values(real_cli, scout) -> None:
     outcome = real_cli("plan", scout, "--ram", "100GiB")
     assert (outcome.code, outcome.err) == (0, "")
     lines = {line.split("\t")[0]: line.split("\t")[1:] for line in outcome.out.splitlines()}
-    assert lines["experts"] == [str(768 * 70_778_880), "0"]
-    assert lines["KV cache, 8192 tokens"] == [str(8192 * 4096 * 48), "0"]
+    assert lines["experts"] == [str(768 * 70_778_880), "0", "all are in memory"]
+    assert lines["KV cache, 8192 tokens"] == [str(8192 * 4096 * 48), "0", "48 layers hold all"]
     assert lines["budget"][0] == str(100 * GIB)
     assert lines["slots"] == ["768", "768"]
     assert lines["decode tok/s"][1] == "cpu"
@@ -208,10 +208,17 @@ def test_plan_on_a_card_piped(real_cli, scout) -> None:
     slots = int(found["slots"][0])
     assert found["slots"] == [str(slots), "768", "768"]
     staging = int(found["prompts' experts"][0])
-    assert found["experts on their way"] == [str(staging * 70_778_880), "70778880", "0"]
-    assert found["experts"] == [str(slots * 70_778_880), str(768 * 70_778_880), "0"]
-    assert found["CUDA itself"] == [str(640 << 20), "0", "0"]
-    in_vram = [int(values[0]) for values in list(found.values())[: list(found).index("budget")]]
+    assert found["experts on their way"] == [
+        str(staging * 70_778_880),
+        "70778880",
+        "0",
+        "prompts pass through",
+    ]
+    in_vram = [str(slots * 70_778_880), str(768 * 70_778_880), "0", "RAM has all, VRAM some"]
+    assert found["experts"] == in_vram
+    assert found["CUDA itself"] == [str(640 << 20), "0", "0", "context, libraries"]
+    labels = list(found)[list(found).index("dense weights") : list(found).index("budget")]
+    in_vram = [int(found[label][0]) for label in labels]
     assert sum(in_vram) == 24 * GIB == int(found["budget"][0])
     assert found["what VRAM lacks"] == ["link", "1.0"]
     assert found["decode tok/s"][1] == "link"
