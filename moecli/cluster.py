@@ -55,6 +55,15 @@ def smallest(spec: Counted, scheme: QuantScheme | None, ctx: int, card_gib: int)
     return None
 
 
+def assumed(ctx: int) -> str:
+    """What `smallest` counts with, for people."""
+    reserve = RESERVE_NBYTES // GIB
+    return (
+        f"one sequence of {ctx} tokens; {UTILIZATION:.0%} of each card less {reserve} GiB; all but "
+        "experts in 16 bits"
+    )
+
+
 def _layouts() -> Iterator[tuple[int, int]]:
     """(cards a stage, stages): the fewest cards first, then the fewest stages.
 

@@ -97,6 +97,7 @@ class PlanReport:
             **self.plan.to_dict(),
             "steps": [asdict(step) for step in self.steps],
             "holdings": [_holding(holding) for holding in self.holdings],
+            "cards_counted": cluster.assumed(self.asked.ctx),
             "vllm": None if served is None else {"cards": served[0], "commands": served[1]},
         }
 

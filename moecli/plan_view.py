@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from moecli import ui
-from moecli.cluster import CARD_GIB, Cluster
+from moecli.cluster import CARD_GIB, Cluster, assumed
 from moecli.plan_report import PlanReport
 from moecli.terminal import is_terminal
 from moecli.units import format_nbytes, format_params
@@ -35,8 +35,9 @@ def show_plan(report: PlanReport) -> None:
         _gap()
     sizes = [f"{size} GB" for size in CARD_GIB]
     ui.show_table(("cards that hold it all", "weights", *sizes), _card_rows(report))
+    _gap()
+    _section([("counted", assumed(report.asked.ctx), assumed(report.asked.ctx))])
     if report.served is not None:
-        _gap()
         _show_commands(*report.served)
 
 
@@ -175,7 +176,7 @@ def _speeds(report: PlanReport) -> list[Pair]:
     if plan.lanes:
         alone = (("link alone", plan.link_tok_s), ("CPU alone", plan.host_tok_s))
         pairs += [
-            (f"  {name}", f"{rate:.1f}", str(rate)) for name, rate in alone if rate is not None
+            (f"  {name}", ui.tok_s(rate), str(rate)) for name, rate in alone if rate is not None
         ]
     return [*pairs, *_prefill(plan)]
 
@@ -254,4 +255,4 @@ def _show_commands(cards: str, commands: Sequence[str]) -> None:
     """Commands stand alone on their lines, to be copied."""
     ui.show_pairs([("vLLM", f"on {cards}: documented by vLLM, not tried here", cards)])
     for command in commands:
-        print(command if is_terminal(sys.stdout) else f"command\t{command}")
+        ui.show_command(command)

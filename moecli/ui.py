@@ -70,6 +70,11 @@ def show_pairs(pairs: Sequence[tuple[str, str, str]]) -> None:
             print(f"{label}\t{full}")
 
 
+def show_command(line: str) -> None:
+    """A command by itself on its line, to be copied."""
+    print(line if is_terminal(sys.stdout) else f"command\t{line}")
+
+
 def show_checks(checks: Sequence[tuple[str, str, str, str | None]]) -> None:
     """(status, what, found, fix), one line a check and one more for a fix."""
     codes = {"ok": _GREEN, "warn": _YELLOW, "error": _RED}
@@ -182,7 +187,9 @@ def at_most(rate: float, bottleneck: str | None) -> str:
 
 def tok_s(rate: float) -> str:
     """A speed that bandwidth predicts."""
-    return f"over {BEYOND_BANDWIDTH}" if rate > BEYOND_BANDWIDTH else f"{rate:.1f}"
+    if rate > BEYOND_BANDWIDTH:
+        return f"over {BEYOND_BANDWIDTH}"
+    return f"{rate:.1f}" if rate >= 2 else f"{rate:.2f}"
 
 
 def limit(bottleneck: str | None) -> str:

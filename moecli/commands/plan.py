@@ -16,6 +16,7 @@ from moecli.hub.client import is_hub_id
 from moecli.known import Known
 from moecli.settings import Settings
 from moecli.units import parse_bandwidth
+from offload.errors import OffloadError
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ def plan(
     from moecli.plan_report import make_report
     from moecli.plan_view import show_plan
 
-    report = make_report(subject, asked)
+    try:
+        report = make_report(subject, asked)
+    except OffloadError as error:
+        raise OffloadError(f"{subject.title}: {error.message}", error.hint) from error
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

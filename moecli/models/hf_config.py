@@ -1,4 +1,7 @@
-"""Knows Hugging Face's field names, old and new; the only place that does. Knows no tensors."""
+"""Knows Hugging Face's field names, old and new, of models that moecli runs. Knows no tensors.
+
+Nobody but the modules `hf_*` knows them.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,49 +16,10 @@ from moecli.models.config import (
     RopeSpec,
     TemperatureSpec,
 )
+from moecli.models.hf_fields import CONFIG_HINT, Fields
 
 _SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like) and qwen3_moe"
-_CONFIG_HINT = "download config.json again, or compare it with the one the model was released with"
 BITSANDBYTES = "bitsandbytes"
-_MISSING: Any = object()
-
-
-class Fields:
-    """Typed reads of one JSON object; every complaint names the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
-        self.values = values
-        self.where = where
-
-    def get(self, key: str, kind: type, default: Any = _MISSING) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            if default is _MISSING:
-                raise MoecliError(f"`{key}` is missing from {self.where}", _CONFIG_HINT)
-            return default
-        fits = isinstance(value, (int, float)) if kind in (int, float) else isinstance(value, kind)
-        if not fits or (kind is int and (isinstance(value, bool) or value != int(value))):
-            raise MoecliError(
-                f"`{key}` in {self.where} should be of type {kind.__name__}, not {value!r}",
-                _CONFIG_HINT,
-            )
-        return kind(value)
-
-    def size(self, key: str, default: Any = _MISSING) -> int:
-        value = self.get(key, int, default)
-        if value < 1:
-            raise MoecliError(
-                f"`{key}` in {self.where} must be at least 1, not {value}", _CONFIG_HINT
-            )
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Some releases store a flag as a number."""
-        value = self.values.get(key)
-        return default if value is None else bool(value)
-
-    def section(self, key: str) -> "Fields":
-        return Fields(self.get(key, dict), f"`{key}` of {self.where}")
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -89,9 +53,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
         return names[0]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise MoecliError(
-            "config.json names neither `architectures` nor `model_type`", _CONFIG_HINT
-        )
+        raise MoecliError("config.json names neither `architectures` nor `model_type`", CONFIG_HINT)
     return _BY_MODEL_TYPE.get(model_type, model_type)
 
 
@@ -115,17 +77,17 @@ def _check(spec: ModelSpec) -> None:
         raise MoecliError(
             f"`num_attention_heads` ({spec.num_heads}) in config.json is no multiple of "
             f"`num_key_value_heads` ({spec.num_kv_heads})",
-            _CONFIG_HINT,
+            CONFIG_HINT,
         )
     if spec.experts_per_token > spec.num_experts:
         raise MoecliError(
             f"`num_experts_per_tok` ({spec.experts_per_token}) in config.json exceeds the number "
             f"of experts ({spec.num_experts})",
-            _CONFIG_HINT,
+            CONFIG_HINT,
         )
     if spec.head_dim % 2:
         raise MoecliError(
-            f"`head_dim` in config.json must be even, not {spec.head_dim}", _CONFIG_HINT
+            f"`head_dim` in config.json must be even, not {spec.head_dim}", CONFIG_HINT
         )
 
 
@@ -220,7 +182,7 @@ def _llama4_layers(fields: Fields, count: int) -> tuple[LayerSpec, ...]:
         if len(values) < count:
             raise MoecliError(
                 f"`{key}` in {fields.where} has {len(values)} entries for {count} layers",
-                _CONFIG_HINT,
+                CONFIG_HINT,
             )
     step = fields.size("interleave_moe_layer_step", 1)
     moe = fields.get("moe_layers", list, list(range(step - 1, count, step)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from moecli.models import hf_config
 from moecli.models.config import DenseTensor
-from moecli.models.hf_config import Fields
+from moecli.models.hf_fields import Fields
 from moecli.models.outline import Counted, LayerOutline, Outline
 
 
