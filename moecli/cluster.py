@@ -90,21 +90,23 @@ def _fullest_nbytes(
 ) -> int:
     """Bytes of the card that holds most: of weights, and of the keys and values of its layers."""
     layers = [0] * spec.num_layers
-    ends = {"embed_tokens": 0, "lm_head": 0}
+    before, after = STORED_ITEMSIZE * spec.num_vision_params, 0  # the layers
     for tensor in spec.dense_tensors:
         nbytes = _share(tensor, cards)
         first, _, rest = tensor.name.partition(".")
         if first == "layers":
             layers[int(rest.partition(".")[0])] += nbytes
-        elif first in ends:
-            ends[first] = nbytes
+        elif first == "embed_tokens":
+            before += nbytes
+        else:
+            after += nbytes
     for index in spec.moe_layers:
         layers[index] += -(-spec.num_experts * expert_nbytes(spec, scheme) // cards)
     a_layer = -(-spec.kv_nbytes(ctx, _KV_ITEMSIZE) // (spec.num_layers * _kv_parts(spec, cards)))
     held = -(-spec.num_layers // stages)  # whichever these are
     stage = [sum(layers[start : start + held]) for start in range(spec.num_layers - held + 1)]
-    stage[0] += ends["embed_tokens"] + STORED_ITEMSIZE * spec.num_vision_params
-    stage[-1] += ends["lm_head"]
+    stage[0] += before
+    stage[-1] += after
     return max(stage) + held * a_layer
 
 
