@@ -36,15 +36,21 @@ def show_plan(report: PlanReport) -> None:
     sizes = [f"{size} GB" for size in CARD_GIB]
     ui.show_table(("cards that hold it all", "weights", *sizes), _card_rows(report))
     _gap()
-    _section([("counted", assumed(report.asked.ctx), assumed(report.asked.ctx))])
+    counted = assumed(report.asked.ctx)
+    _pairs([("counted", counted, counted)])
     if report.served is not None:
+        _gap()
         _show_commands(*report.served)
 
 
 def _section(pairs: Sequence[Pair]) -> None:
+    _pairs(pairs)
+    _gap()
+
+
+def _pairs(pairs: Sequence[Pair]) -> None:
     width = max(len(label) for label, _, _ in pairs) + 2
     ui.show_pairs([(label, _wrapped(shown, width), full) for label, shown, full in pairs])
-    _gap()
 
 
 def _wrapped(text: str, indent: int) -> str:

@@ -375,11 +375,11 @@ def _ram_slots(footprint: ModelFootprint, budget: int, fixed: int) -> int:
     slots = (budget - fixed) // footprint.slot_nbytes
     if slots < least:
         needed = fixed + least * footprint.slot_nbytes
-        experts = f"{least} expert{'' if least == 1 else 's'}"
+        experts, short = f"{least} expert{'' if least == 1 else 's'}", needed - budget
         raise OffloadError(
             f"{_gib(budget)} of RAM are too little: the model needs {_gib(needed)} "
             f"({_gib(fixed)} that must be there, {_gib(needed - fixed)} for {experts})",
-            f"give `--ram {_gib(needed, roundup=True)}` or more, or a shorter context with `--ctx`",
+            f"give `--ram {_gib(needed, roundup=True)}` or more{_or_shorter(footprint, short)}",
         )
     return slots
 
@@ -399,7 +399,8 @@ def _too_little_vram(
     )
     said = ", ".join(f"{_gib(nbytes)} {what}" for nbytes, what in parts if nbytes)
     with_placement = "" if placement == "auto" else f" with `--placement {placement}`"
-    hint = f"give `--vram {_gib(needed, roundup=True)}` or more, or a shorter context with `--ctx`"
+    shorter = _or_shorter(footprint, needed - budget)
+    hint = f"give `--vram {_gib(needed, roundup=True)}` or more{shorter}"
     if machine.vram_total is not None and needed > machine.vram_total:
         hint = "give a shorter context with `--ctx`; `--device cpu` needs no VRAM"
     least = fixed + least_room(footprint, "pinned")
@@ -410,6 +411,11 @@ def _too_little_vram(
         f"{with_placement} ({said})",
         hint,
     )
+
+
+def _or_shorter(footprint: ModelFootprint, short: int) -> str:
+    """A shorter context, where that could save the `short` bytes that a budget lacks."""
+    return ", or a shorter context with `--ctx`" if short <= footprint.kv_nbytes else ""
 
 
 def _gib(nbytes: int, roundup: bool = False) -> str:

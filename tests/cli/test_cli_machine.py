@@ -249,7 +249,7 @@ def test_plan_on_a_card_that_is_too_small_says_what_fits(real_cli, scout) -> Non
         assert real_cli("plan", scout, *flags, *advice).code == 0
     outcome = real_cli("plan", scout, "--vram", "4GiB", *flags)
     assert "nf4" not in outcome.err
-    assert "or a shorter context with `--ctx`" in outcome.err
+    assert "shorter context" not in outcome.err, "none is short enough"
     outcome = real_cli("plan", scout, "--vram", "16GiB", "--ctx", "1m", *flags)
     largest = outcome.err.split("`--ctx ")[1].split("`")[0]
     assert real_cli("plan", scout, "--vram", "16GiB", "--ctx", largest, *flags).code == 0

@@ -277,3 +277,12 @@ def test_an_expert_too_large_to_be_timed_is_timed_in_part() -> None:
         assert (layout.intermediate_size < counted.expert_intermediate_size) is part
         assert layout.hidden_size == counted.hidden_size
         assert layout.nbytes <= 128 << 20
+
+
+def test_documented_plans_are_current() -> None:
+    """docs/planning.md is filled by tools/planning_doc.py, which says how."""
+    from tools.planning_doc import PAGE, document
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.count("$ moecli plan") == 4
+    assert document(page) == page

@@ -352,3 +352,12 @@ def test_slots_that_follow_use_are_no_good_where_all_are_used_in_turn() -> None:
     dense = replace(whole, num_experts=1, experts_per_token=1, num_moe_layers=160)
     plans = [make_plan(model, MACHINE, 10**7, FIXED + 88 * SLOT) for model in (whole, dense)]
     assert [plan.placement for plan in plans] == ["lru", "pinned"]
+
+
+def test_a_shorter_context_is_advised_only_where_it_could_help() -> None:
+    for short, helps in ((MODEL.kv_nbytes, True), (MODEL.kv_nbytes + 1, False)):
+        budgets = [(10**7, FIXED + 2 * SLOT - short), (159_000 + 2 * SLOT - short, 0)]
+        for ram, vram in budgets:
+            with pytest.raises(OffloadError, match="are too little") as caught:
+                make_plan(MODEL, MACHINE, ram, vram)
+            assert ("shorter context" in (caught.value.hint or "")) is helps
