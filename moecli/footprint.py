@@ -111,6 +111,12 @@ def device_workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     return workspace_nbytes(spec, ctx, prefill_chunk) + COMPUTE_ITEMSIZE * inner
 
 
+def active_weights(spec: Counted) -> int:
+    """Weights that a token of a prompt is multiplied with: the last one alone meets the head."""
+    linears = sum(t.numel for t in spec.dense_tensors if t.linear and t.name != "lm_head")
+    return linears + len(spec.moe_layers) * spec.experts_per_token * spec.expert_numel
+
+
 def model_footprint(
     spec: Counted,
     scheme: QuantScheme,
@@ -144,4 +150,5 @@ def model_footprint(
         group_size=scheme.group_size,
         device_workspace_nbytes=device_workspace_nbytes(spec, ctx, prefill_chunk),
         prefill_tokens=min(prefill_chunk, ctx),
+        active_weights=active_weights(spec),
     )

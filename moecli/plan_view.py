@@ -213,14 +213,16 @@ def _unknown(report: PlanReport) -> str:
 
 def _prefill(plan: MemoryPlan) -> list[Pair]:
     rate, limit = plan.predicted_prefill_tok_s, plan.prefill_bottleneck
-    if not plan.on_device:
-        return [("prefill tok/s", "not predicted: the processor's arithmetic decides", "\t")]
     if rate is None:
         return [("prefill tok/s", "unknown", "\t")]
-    said = f"at most {rate:.0f}, limited by {ui.limit(limit)}"
+    said = f"at most {_whole(rate)}, limited by {ui.limit(limit)}"
     if limit == "vram":
         said = "not predicted: the card's arithmetic decides"
     return [("prefill tok/s", said, f"{rate}\t{limit}")]
+
+
+def _whole(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 # What lies beyond

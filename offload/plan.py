@@ -21,6 +21,7 @@ from offload.placing import (
     least_room,
     places,
     prefill_speed,
+    prefill_speed_without_device,
     speed,
     speed_without_device,
     ways,
@@ -87,8 +88,8 @@ class MemoryPlan:
     bottleneck: str | None  # "disk", "ram", "link", "cpu", "link and cpu" or "vram"
     link_tok_s: float | None  # the same if the link alone served what VRAM lacks
     host_tok_s: float | None  # the same if the processor did
-    predicted_prefill_tok_s: float | None  # by bandwidth alone; None without a device
-    prefill_bottleneck: str | None  # "link", "disk" or "vram"
+    predicted_prefill_tok_s: float | None  # on a device by bandwidth alone; None where unknown
+    prefill_bottleneck: str | None  # "link", "disk", "vram", "cpu" or "ram"
     ram_nbytes: int  # of the budget, what the plan uses
     vram_nbytes: int
     ram_available: int | None  # on the machine, when the plan was made
@@ -304,7 +305,9 @@ def _plan_without_device(footprint: ModelFootprint, machine: Machine, budget: in
     slots = min(_ram_slots(footprint, budget, fixed), footprint.total_experts)
     where = Places("lru", slots, in_memory=slots)
     fast = speed_without_device(footprint, machine, slots)
-    return _plan(footprint, machine, where, fast, budget, fixed)
+    plan = _plan(footprint, machine, where, fast, budget, fixed)
+    prefill, limit = prefill_speed_without_device(footprint, machine, slots) or (None, None)
+    return replace(plan, predicted_prefill_tok_s=prefill, prefill_bottleneck=limit)
 
 
 def _plan(

@@ -151,7 +151,9 @@ class _Source:
 
         title = self.name if self.known is None else f"{self.known.label}, a built-in spec"
         guessed = None if self.known is None else self.known.guessed
-        source = self.repo_id or (str(self.path) if self.path else None)
+        source = self.repo_id
+        if self.path is not None and source is None:
+            source = store.DEMO if self.path == store.demo_source() else str(self.path)
         quantized = None
         if self.path is not None and store.is_model(self.path):
             source, quantized = None, str(self.path)
@@ -213,11 +215,16 @@ def _machine(
         takes_card(config)  # or says that there is none
     stated: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
     machine = replace(machine, **stated)
-    if machine.gpu_name is not None or config.vram_nbytes is not None:
+    on_card = machine.gpu_name is not None or config.vram_nbytes is not None
+    if on_card:
         machine = _described_card(machine)
     if machine.physical_cores is not None:
         torch.set_num_threads(machine.physical_cores)  # as a run does
-    machine = with_compute(machine, _measurable(spec, scheme), spec.experts_per_token)
+    shared_by = max(1, config.prefill_chunk * spec.experts_per_token // spec.num_experts)
+    machine = with_compute(
+        *(machine, _measurable(spec, scheme), spec.experts_per_token),
+        shared_by=0 if on_card else shared_by,  # on a card the processor has no part in prompts
+    )
     if machine.disk_bw is None:
         machine = replace(machine, disk_bw=_disk_bandwidth(path))
     return machine

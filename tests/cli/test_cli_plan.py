@@ -250,6 +250,23 @@ def test_a_prediction_that_lacks_a_bandwidth_says_which(
     assert "one more step" not in out
 
 
+def test_bandwidth_is_no_limit_of_a_tiny_model(screen: Command) -> None:
+    out = " ".join(screen("plan", "demo", "--vram", "1GiB", *DESKTOP[4:]).out.split())
+    assert "decode tok/s over 1000: bandwidth does not limit so small a model" in out
+    assert "prefill tok/s not predicted: the card's arithmetic decides" in out
+    assert "one more step" not in out
+    assert " moecli quantize demo -q int4-g32 --dense none vllm serve ~/" in out
+
+
+def test_a_prompt_on_the_processor_is_as_fast_as_it_computes(real_cli: Command) -> None:
+    """Weights by hand; the machine computes 50e9 of whatever it is asked."""
+    flags = ("--device", "cpu", "--ram", "100GiB", *DESKTOP[6:8])
+    rows = piped(real_cli, "scout", *flags)
+    weights = 48 * (62_914_560 + 2 * 125_829_120)
+    assert float(rows["prefill tok/s"][0]) == pytest.approx(50e9 / (2 * weights))
+    assert rows["prefill tok/s"][1] == "cpu"
+
+
 def test_on_a_terminal_it_is_readable_at_80_columns(screen: Command) -> None:
     outcome = screen("plan", "qwen3-30b-a3b", *DESKTOP, "--vram", "12GiB")
     assert (outcome.code, outcome.err) == (0, "")

@@ -1,12 +1,15 @@
 """How many cards hold a model: by hand where that is short, by promises where it is not."""
 
+from dataclasses import replace
+
 import pytest
 
 from moecli import cluster, known
 from moecli.cluster import CARD_GIB, Cluster, commands, smallest
 from moecli.footprint import expert_nbytes, fitting
+from moecli.models.config import DenseTensor
 from moecli.models.hf_outline import read_counted
-from moecli.models.outline import Counted
+from moecli.models.outline import Counted, Outline
 from moecli.units import GIB
 from quant.scheme import QuantScheme
 
@@ -88,16 +91,27 @@ def test_latents_lie_whole_on_every_card_and_heads_do_not() -> None:
         assert more == counted(name).kv_nbytes(8192, 2) // parts, name
 
 
-def test_experts_that_cards_cannot_share_are_sliced_by_whole_groups() -> None:
-    mixtral = counted("mixtral-8x7b")
+def test_a_model_is_divided_only_where_its_heads_and_groups_allow_it() -> None:
+    mixtral, llama = counted("mixtral-8x7b"), counted("llama3.1-8b")
+    assert isinstance(mixtral, Outline)
+    assert isinstance(llama, Outline)
     assert cluster._whole_experts(mixtral, INT4, 8) is True
-    assert cluster._whole_experts(mixtral, INT4, 1) is False
-    assert cluster._whole_experts(counted("llama3.1-8b"), INT4, 8) is False
-    wide = QuantScheme.parse("int4-g128")
-    assert cluster._whole_experts(counted("llama3.1-8b"), wide, 8) is False
-    dense = counted("llama3.1-70b")
-    assert dense.expert_intermediate_size % (8 * 128) == 0
-    assert cluster._whole_experts(counted("glm-4.5-air"), None, 3) is None, "8 KV heads on 3 cards"
+    assert cluster._whole_experts(mixtral, INT4, 1) is False, "one card has all anyway"
+    odd = replace(mixtral, num_kv_heads=6)
+    assert [cluster._whole_experts(odd, INT4, cards) for cards in (2, 4)] == [True, None]
+    assert cluster._whole_experts(replace(mixtral, num_heads=12), INT4, 8) is None
+    narrow = replace(llama, expert_intermediate_size=1408)  # 44 groups of 32
+    assert [cluster._whole_experts(narrow, INT4, cards) for cards in (4, 8)] == [False, None]
+    assert cluster._whole_experts(narrow, None, 8) is False, "176 rows a card"
+
+
+def test_what_makes_latents_lies_on_every_card() -> None:
+    shape = 1536, 7168
+    whole = DenseTensor("layers.0.q_a_proj", shape, linear=True)
+    divided = DenseTensor("layers.0.q_b_proj", shape, linear=True)
+    norm = DenseTensor("layers.0.input_norm", (7168,))
+    shares = [cluster._share(tensor, 8) for tensor in (whole, divided, norm)]
+    assert shares == [2 * 1536 * 7168, 2 * 1536 * 7168 // 8, 2 * 7168]
 
 
 def test_one_node_needs_no_ray_and_several_do() -> None:
