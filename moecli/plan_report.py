@@ -8,7 +8,7 @@ from moecli.cluster import CARD_GIB, Cluster
 from moecli.footprint import fitting, stored_nbytes
 from moecli.models.config import ModelSpec
 from moecli.models.outline import Counted
-from moecli.planning import Question
+from moecli.planning import Question, refusal
 from moecli.whatif import Step
 from offload.plan import MemoryPlan
 from quant.scheme import QuantScheme
@@ -63,6 +63,14 @@ class PlanReport:
     holdings: tuple[Holding, ...]
 
     @property
+    def remark(self) -> str | None:
+        """What cannot be done with the model, or with this plan of it."""
+        refused = refusal(self.asked.config, self.plan)
+        if self.subject.remark or refused is None:
+            return self.subject.remark
+        return f"planned only: {refused.message}"
+
+    @property
     def served(self) -> tuple[str, tuple[str, ...]] | None:
         """Where vLLM would serve the model, and what starts it there; None without weights.
 
@@ -87,7 +95,7 @@ class PlanReport:
             "model": subject.name,
             "title": subject.title,
             "architecture": spec.architecture,
-            "remark": subject.remark,
+            "remark": self.remark,
             "guessed": subject.guessed,
             "ctx": self.asked.ctx,
             "scheme": schemes[0].name,

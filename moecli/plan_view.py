@@ -75,8 +75,8 @@ def _model_pairs(report: PlanReport) -> list[Pair]:
         ("parameters", counts, f"{params}\t{active}"),
         ("scheme", schemes, f"{scheme.name}\t{rest}"),
     ]
-    if subject.remark:
-        pairs.append(("remark", subject.remark, subject.remark))
+    if report.remark:
+        pairs.append(("remark", report.remark, report.remark))
     if subject.guessed:
         pairs.append(("figures", subject.guessed, subject.guessed))
     return pairs

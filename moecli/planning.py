@@ -25,8 +25,11 @@ class Question:
     machine: Machine
 
     def answer(self) -> MemoryPlan:
-        """See `plan_model`."""
-        return plan_model(self.spec, self.schemes, self.ctx, self.config, self.machine)
+        """What would lie where, of models too that moecli cannot run there: see `refusal`.
+
+        Raises OffloadError where that does not fit; the hint says what would.
+        """
+        return _proposed(self.spec, self.schemes, self.ctx, self.config, self.machine)
 
 
 def plan_model(
@@ -42,13 +45,37 @@ def plan_model(
     settings allow it. Raises OffloadError when that does not fit; the hint says what would; and
     MoecliError for what a card cannot do.
     """
+    plan = _proposed(spec, schemes, ctx, config, machine)
+    refused = refusal(config, plan)
+    if refused is not None:
+        raise refused
+    return plan
+
+
+def refusal(config: EngineConfig, plan: MemoryPlan) -> MoecliError | None:
+    """Why moecli cannot run a plan that fits; None where it can."""
+    if plan.on_device and config.kv_dtype == "int8":
+        return MoecliError(
+            "graphics cards do not read a KV cache in int8 yet",
+            "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
+        )
+    return None
+
+
+def _proposed(
+    spec: Counted,
+    schemes: Schemes,
+    ctx: int,
+    config: EngineConfig,
+    machine: Machine,
+) -> MemoryPlan:
     if config.placement == "lru" and spec.experts_per_token == spec.num_experts:
         raise MoecliError(
             "every token takes all experts here: slots that change by use would never hit",
             "give `--placement pinned`, or leave it out",
         )
     try:
-        plan = _plan(spec, schemes, ctx, config, machine)
+        return _plan(spec, schemes, ctx, config, machine)
     except OffloadError as error:
         smaller = replace(config, dense_scheme="nf4")
         if config.dense_scheme != "stored" or not _fits(spec, schemes, ctx, smaller, machine):
@@ -57,12 +84,6 @@ def plan_model(
         raise OffloadError(
             error.message, hint if error.hint is None else f"{hint}; or {error.hint}"
         ) from error
-    if plan.on_device and config.kv_dtype == "int8":
-        raise MoecliError(
-            "graphics cards do not read a KV cache in int8 yet",
-            "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
-        )
-    return plan
 
 
 def _plan(

@@ -162,6 +162,13 @@ def test_a_family_that_moecli_does_not_run_is_planned_and_says_so(real_cli: Comm
     assert planned(real_cli, "scout", *DESKTOP)["remark"] is None
 
 
+def test_what_a_card_cannot_do_yet_is_planned_and_said(real_cli: Command) -> None:
+    remark = planned(real_cli, "scout", *DESKTOP, "--kv-dtype", "int8")["remark"]
+    assert remark == "planned only: graphics cards do not read a KV cache in int8 yet"
+    cpu = ("--device", "cpu", "--ram", "64GiB", *DESKTOP[6:])
+    assert planned(real_cli, "scout", *cpu, "--kv-dtype", "int8")["remark"] is None
+
+
 def test_a_dense_model_is_read_whole_in_every_step(real_cli: Command) -> None:
     """70B in 4 bits do not fit 24 GiB: what is missing there comes from RAM, always."""
     plan = planned(real_cli, "llama3.1-70b", *DESKTOP)
