@@ -7,7 +7,7 @@ for, everything else in 16 bits: so vLLM can divide each family's tensors.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moecli.footprint import STORED_ITEMSIZE, expert_nbytes, tensor_nbytes
+from moecli.footprint import STORED_ITEMSIZE, expert_nbytes, stored_tensor_nbytes
 from moecli.models.config import DenseTensor
 from moecli.models.outline import Counted
 from moecli.units import GIB
@@ -113,7 +113,7 @@ def _fullest_nbytes(
 def _share(tensor: DenseTensor, cards: int) -> int:
     """What one of `cards` cards holds; norms, routers and projections to latents lie on each."""
     divided = (tensor.linear and "_a_proj" not in tensor.name) or tensor.name == "embed_tokens"
-    nbytes = tensor_nbytes(tensor, None)
+    nbytes = stored_tensor_nbytes(tensor, None)
     return -(-nbytes // cards) if divided else nbytes
 
 

@@ -29,7 +29,7 @@ def stored_nbytes(
     spec: Counted, scheme: QuantScheme | None, dense_scheme: QuantScheme | None
 ) -> int:
     """Bytes of all weights in a checkpoint, a vision tower in 16 bits included."""
-    dense = sum(tensor_nbytes(tensor, dense_scheme) for tensor in spec.dense_tensors)
+    dense = sum(stored_tensor_nbytes(tensor, dense_scheme) for tensor in spec.dense_tensors)
     experts = len(spec.moe_layers) * spec.num_experts * expert_nbytes(spec, scheme)
     return dense + experts + STORED_ITEMSIZE * spec.num_vision_params
 
@@ -51,7 +51,7 @@ def fitting(spec: Counted, scheme: QuantScheme, experts: bool) -> QuantScheme:
 def tensor_nbytes(
     tensor: DenseTensor, scheme: QuantScheme | None, run_scheme: str = "stored"
 ) -> int:
-    """Bytes of a tensor outside the routed experts; `scheme` None: 16 bits throughout.
+    """Bytes in memory of a tensor outside the routed experts; `scheme` as it is stored in.
 
     `run_scheme` nf4 or llm-int8: what bitsandbytes keeps of it once it is opened.
     """
@@ -63,9 +63,15 @@ def tensor_nbytes(
         return tensor.numel + 4 * rows  # a byte a weight, and an fp32 scale a row
     if run_scheme == "nf4":
         return _nf4_nbytes(tensor.numel)
-    if scheme is not None:
-        return scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
-    return STORED_ITEMSIZE * tensor.numel
+    return stored_tensor_nbytes(tensor, scheme)
+
+
+def stored_tensor_nbytes(tensor: DenseTensor, scheme: QuantScheme | None) -> int:
+    """Bytes in a checkpoint of a tensor outside the routed experts; None: 16 bits throughout."""
+    if scheme is None or not tensor.linear:
+        return STORED_ITEMSIZE * tensor.numel
+    rows, columns = tensor.shape
+    return scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
 
 
 def _nf4_nbytes(numel: int) -> int:
