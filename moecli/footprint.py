@@ -58,9 +58,8 @@ def tensor_nbytes(
     assert run_scheme in RUN_SCHEMES, f"no dense scheme is called {run_scheme}"
     if not tensor.linear:
         return STORED_ITEMSIZE * tensor.numel
-    rows, columns = tensor.shape
     if run_scheme == "llm-int8":
-        return tensor.numel + 4 * rows  # a byte a weight, and an fp32 scale a row
+        return tensor.numel + 4 * tensor.shape[0]  # a byte a weight, and an fp32 scale a row
     if run_scheme == "nf4":
         return _nf4_nbytes(tensor.numel)
     return stored_tensor_nbytes(tensor, scheme)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moecli import known
-from moecli.models import hf_config
+from moecli.models import hf_config, hf_outline
 from moecli.models.config import ModelSpec
 from moecli.models.hf_outline import read_counted
 from moecli.models.outline import Counted, Outline
@@ -138,6 +138,11 @@ def test_a_family_that_moecli_runs_is_counted_by_its_spec(monkeypatch: pytest.Mo
     monkeypatch.setitem(hf_config._READERS, "LlamaForCausalLM", lambda *_: made)
     assert read_counted(spec.config()) is made
     assert hf_config.is_known(scout.config())
+
+
+def test_no_family_is_read_in_two_ways() -> None:
+    """Whoever teaches hf_config a family removes its reader, and what only that needs, here."""
+    assert not set(hf_outline._READERS) & set(hf_config._READERS)
 
 
 def test_names_as_people_type_them() -> None:
