@@ -1,7 +1,7 @@
 """Knows what `moecli plan` asks of offload.plan, and for which machine."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,11 +9,8 @@ import typer
 
 from moecli import known, options, store, ui
 from moecli.card import takes_card
-from moecli.commands.show import Readable
+from moecli.commands.plan_source import PlanSource
 from moecli.config import EngineConfig
-from moecli.errors import MoecliError
-from moecli.hub.client import is_hub_id
-from moecli.known import Known
 from moecli.settings import Settings
 from moecli.units import parse_bandwidth
 from offload.errors import OffloadError
@@ -21,18 +18,16 @@ from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from moecli.models.outline import Counted
-    from moecli.plan_report import Subject
-    from moecli.planning import Question, Schemes
+    from moecli.planning import Question
     from offload.hardware import Machine
     from quant.layout import ExpertLayout
 
 HELP = """Show what would lie where, and how fast bandwidth would let it run.
 
 This is the placement that `run` and `chat` make. It reads config.json, no weights: a model of the
-hub need not be downloaded. The budgets and
-bandwidths may be those of another machine; what is not given is measured here, once, and kept:
-`moecli doctor` measures anew. It also says what one more step would buy, and how many cards would
-hold all. Exits with 1 where the model does not fit.
+hub need not be downloaded. The budgets and bandwidths may be those of another machine; what is not
+given is measured here, once, and kept: `moecli doctor` measures anew. It also says what one more
+step would buy, and how many cards would hold all. Exits with 1 where the model does not fit.
 
 Built in, by name: SPECS.""".replace("SPECS", ", ".join(spec.name for spec in known.SPECS))
 EXAMPLES = """
@@ -73,7 +68,7 @@ def plan(
     ] = "int4",
     as_json: options.Json = False,
 ) -> None:
-    source = _Source.find(options.require_model(context, model, model_flag))
+    source = PlanSource.find(options.require_model(context, model, model_flag))
     config = Settings.read(**given).engine_config()
     rates = {
         "ram_bw": _rate(ram_bw, "--ram-bw"),
@@ -83,10 +78,11 @@ def plan(
         "zero_copy_bw": _rate(link_bw, "--link"),
         "vram_bw": _rate(vram_bw, "--vram-bw"),
     }
-    subject, asked = source.question(scheme_name, config, rates)
     from moecli.plan_report import make_report
     from moecli.plan_view import show_plan
 
+    asked = _question(source, scheme_name, config, rates)
+    subject = source.subject(asked.spec, asked.schemes[0])
     try:
         report = make_report(subject, asked)
     except OffloadError as error:
@@ -101,100 +97,18 @@ def _rate(text: str | None, name: str) -> float | None:
     return None if text is None else parse_bandwidth(text, f"`{name}`")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the config of a plan's model comes from: a directory, or what is built in."""
+def _question(
+    source: PlanSource, scheme_name: str, config: EngineConfig, rates: dict[str, float | None]
+) -> "Question":
+    from moecli.engine import context_size
+    from moecli.models.hf_outline import read_counted
+    from moecli.planning import Question
 
-    name: str
-    path: Path | None  # None: built in
-    known: Known | None
-    repo_id: str | None
-
-    @classmethod
-    def find(cls, name: str) -> "_Source":
-        """Directories, the store and the hub go before what is built in."""
-        spec, on_hub = known.find(name), is_hub_id(name)
-        stored = store.is_model(store.models_dir() / name)
-        if spec is not None and not (on_hub or stored or Path(name).exists()):
-            return cls(spec.name, None, spec, spec.repo_id)
-        try:
-            readable = Readable.find(name)
-        except MoecliError as error:
-            raise MoecliError(error.message, _hint(name, spec, error.hint)) from error
-        repo_id = name if on_hub and not Path(name).exists() else None
-        return cls(readable.name, readable.path, None, repo_id)
-
-    def config(self) -> dict[str, Any]:
-        if self.path is not None:
-            return store.config(self.path)
-        assert self.known is not None, "a model from nowhere"
-        return self.known.config()
-
-    def question(
-        self, scheme_name: str, config: EngineConfig, rates: dict[str, float | None]
-    ) -> tuple["Subject", "Question"]:
-        from moecli.engine import context_size
-        from moecli.models.hf_outline import read_counted
-        from moecli.planning import Question
-
-        spec = read_counted(self.config())
-        schemes = self._schemes(spec, scheme_name)
-        ctx = context_size(config.ctx, spec)
-        at = self.path or store.models_dir()
-        machine = _machine(at, spec, schemes[0], config, rates)
-        question = Question(spec, schemes, ctx, config, machine)
-        return self._subject(spec, schemes[0]), question
-
-    def _subject(self, spec: "Counted", scheme: QuantScheme) -> "Subject":
-        from moecli.models.config import ModelSpec
-        from moecli.plan_report import Subject
-
-        title = self.name if self.known is None else f"{self.known.label}, a built-in spec"
-        guessed = None if self.known is None else self.known.guessed
-        source = self.repo_id
-        if self.path is not None and source is None:
-            source = store.DEMO if self.path == store.demo_source() else str(self.path)
-        quantized = None
-        if self.path is not None and store.is_model(self.path):
-            source, quantized = None, str(self.path)
-        elif isinstance(spec, ModelSpec) and source is not None:
-            quantized = _short(store.default_output(source.rpartition("/")[2], scheme))
-        return Subject(self.name, title, spec, source, quantized, guessed)
-
-    def _schemes(self, spec: "Counted", scheme_name: str) -> "Schemes":
-        """Of the experts and of the rest: what the manifest says, else what is asked for.
-
-        Where no group is asked for it is narrowed to what divides the model's rows.
-        """
-        from moecli.footprint import fitting
-
-        if self.path is None or not store.is_model(self.path):
-            scheme = QuantScheme.parse(scheme_name)
-            if scheme.name != scheme_name.lower():
-                scheme = fitting(spec, scheme, experts=True)
-            return scheme, fitting(spec, store.DEFAULT_DENSE_SCHEME, experts=False)
-        manifest = store.manifest(self.path)
-        dense = manifest.get("dense_scheme")
-        return (
-            QuantScheme.parse(str(manifest.get("scheme"))),
-            None if dense is None else QuantScheme.parse(str(dense)),
-        )
-
-
-def _short(path: Path) -> str:
-    """With `~`, as a shell reads it."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
-def _hint(name: str, spec: Known | None, hint: str | None) -> str | None:
-    """What else may be planned where a model is not to be had."""
-    if spec is not None:
-        return f"`moecli plan {spec.name}` needs no hub; or {hint}"
-    close = known.close_to(name)
-    if close and not is_hub_id(name) and not name.startswith((".", "/", "~")):
-        return f"did you mean {' or '.join(f'`{each}`' for each in close)}?"
-    return hint
+    spec = read_counted(source.config())
+    schemes = source.schemes(spec, scheme_name)
+    ctx = context_size(config.ctx, spec)
+    machine = _machine(source.path or store.models_dir(), spec, schemes[0], config, rates)
+    return Question(spec, schemes, ctx, config, machine)
 
 
 def _machine(
