@@ -23,7 +23,7 @@ PUBLISHED = {
     "qwen3-30b-a3b": (30.5, 3.35),
     "qwen3-235b-a22b": (235, 22),
     "deepseek-v3": (671, 37.6),
-    "gpt-oss-20b": (20.9, 4.19),  # their 3.6 leaves out embeddings
+    "gpt-oss-20b": (20.9, 4.19),  # their 3.61 leaves out the input embedding
     "gpt-oss-120b": (116.8, 5.71),
     "glm-4.5-air": (107, 13.4),
     "llama3.1-8b": (8.03, 8.03),
