@@ -36,7 +36,9 @@ def test_plan_takes_config_and_index_alone(
     rates = ("--ram-bw", "10GB/s", "--cpu-bw", "10GB/s", "--disk", "1GB/s", "--device", "cpu")
     outcome = moecli("plan", REPO, "--ram", "1GiB", "--json", *rates)
     assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["model"] == "tiny-llama"
+    plan = json.loads(outcome.out)
+    assert plan["model"] == "tiny-llama"
+    assert plan["vllm"]["commands"][0] == f"moecli quantize {REPO} -q int4-g32 --dense none"
     assert_only_heads_came(hub, home)
 
 
