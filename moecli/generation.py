@@ -3,8 +3,6 @@
 How one token follows another is the runtime's: see `Stepwise` and moecli.decode_loop.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -20,6 +18,7 @@ from moecli.models.decoder import Decoder
 from moecli.session import Session
 from moecli.stopping import StopFilter
 from moecli.tokenizer import Tokenizer
+from offload.hardware import peak_rss_nbytes
 from offload.stats import CacheStats
 
 Cancelled = Callable[[], bool]
@@ -85,12 +84,6 @@ def generate(
     stats = meter.stats(len(token_ids), cached, computed, answer.num_tokens)
     stats = replace(stats, peak_vram_nbytes=runtime.peak_vram())
     yield Finished(reason, answer.text, stats)
-
-
-def peak_rss_nbytes() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forward(decoder: Decoder, session: Session, tokens: list[int]) -> Tensor:
