@@ -2,6 +2,7 @@
 
 from moecli.config import KV_DTYPES, RUN_SCHEMES
 from moecli.models.config import DenseTensor, ModelSpec
+from moecli.models.facts import ModelFacts
 from offload.plan import ModelFootprint
 from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
@@ -12,7 +13,7 @@ COMPUTE_ITEMSIZE = 4  # activations are fp32
 _BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantization
 
 
-def expert_layout(spec: ModelSpec, scheme: QuantScheme) -> ExpertLayout:
+def expert_layout(spec: ModelFacts, scheme: QuantScheme) -> ExpertLayout:
     return ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, scheme)
 
 
@@ -42,13 +43,15 @@ def _nf4_nbytes(numel: int) -> int:
     return -(-numel // 2) + blocks + 4 * (-(-blocks // _BNB_NESTED_BLOCK) + 256 + 1)
 
 
-def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+def workspace_nbytes(spec: ModelFacts, ctx: int, prefill_chunk: int) -> int:
     """Most bytes of activations that are alive at once while a chunk of prompt passes a layer.
 
     Hidden states, their norm and the residual; queries, keys, values and the attended result;
     scores of one block; the choices' contributions twice (total and wave); one expert's inner
     activations for every token; and the logits of a token.
     """
+    if not isinstance(spec, ModelSpec):
+        return spec.workspace_nbytes(ctx, prefill_chunk)
     tokens = min(prefill_chunk, ctx)
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     inner = max(
@@ -59,28 +62,30 @@ def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
 
 
-def kv_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+def kv_nbytes(spec: ModelFacts, ctx: int, prefill_chunk: int, kv_dtype: str) -> int:
     """Bytes of a KV cache; `kv_dtype` is EngineConfig's."""
     assert kv_dtype in KV_DTYPES, f"no dtype of a KV cache is called {kv_dtype}"
+    if not isinstance(spec, ModelSpec):
+        return spec.cache_nbytes(ctx, prefill_chunk)
     return spec.kv_nbytes(ctx, *_KV_ITEMSIZES[kv_dtype])
 
 
-def expanded_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+def expanded_nbytes(spec: ModelFacts, ctx: int, kv_dtype: str) -> int:
     """What a chunk of prompt needs besides where the KV cache is int8: one layer of it in bf16."""
-    if kv_dtype != "int8":
+    if kv_dtype != "int8" or not isinstance(spec, ModelSpec):
         return 0
     longest = max(spec.kv_capacity(layer, ctx) for layer in range(spec.num_layers))
     return 2 * spec.num_kv_heads * spec.head_dim * STORED_ITEMSIZE * longest
 
 
-def device_workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+def device_workspace_nbytes(spec: ModelFacts, ctx: int, prefill_chunk: int) -> int:
     """The same where a device computes: all choices' inner activations are alive at once there."""
     inner = min(prefill_chunk, ctx) * spec.experts_per_token * spec.expert_intermediate_size
     return workspace_nbytes(spec, ctx, prefill_chunk) + COMPUTE_ITEMSIZE * inner
 
 
 def model_footprint(
-    spec: ModelSpec,
+    spec: ModelFacts,
     scheme: QuantScheme,
     dense_scheme: QuantScheme | None,
     ctx: int,
@@ -100,7 +105,7 @@ def model_footprint(
     return ModelFootprint(
         dense_nbytes=dense - embedding,
         embedding_nbytes=embedding,
-        kv_nbytes=kv_nbytes(spec, ctx, kv_dtype),
+        kv_nbytes=kv_nbytes(spec, ctx, prefill_chunk, kv_dtype),
         workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk)
         + expanded_nbytes(spec, ctx, kv_dtype),
         num_moe_layers=len(spec.moe_layers),

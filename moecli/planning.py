@@ -5,7 +5,7 @@ from dataclasses import replace
 from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint
-from moecli.models.config import ModelSpec
+from moecli.models.facts import ModelFacts
 from offload.errors import OffloadError
 from offload.hardware import Machine
 from offload.plan import MemoryPlan, ModelFootprint, plan_context
@@ -13,7 +13,7 @@ from quant.scheme import QuantScheme
 
 
 def plan_model(
-    spec: ModelSpec,
+    spec: ModelFacts,
     schemes: tuple[QuantScheme, QuantScheme | None],
     ctx: int,
     config: EngineConfig,
@@ -44,7 +44,7 @@ def plan_model(
 
 
 def _plan(
-    spec: ModelSpec,
+    spec: ModelFacts,
     schemes: tuple[QuantScheme, QuantScheme | None],
     ctx: int,
     config: EngineConfig,
@@ -63,7 +63,7 @@ def _plan(
 
 
 def _fits(
-    spec: ModelSpec,
+    spec: ModelFacts,
     schemes: tuple[QuantScheme, QuantScheme | None],
     ctx: int,
     config: EngineConfig,

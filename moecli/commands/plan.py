@@ -16,7 +16,7 @@ from moecli.units import parse_bandwidth
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
-    from moecli.models.config import ModelSpec
+    from moecli.models.facts import ModelFacts
     from offload.hardware import Machine
 
 HELP = """Show what would lie where, and how fast bandwidth would let it run.
@@ -92,16 +92,16 @@ class _Asked:
     """The model that a plan is asked for."""
 
     path: Path
-    spec: "ModelSpec"
+    spec: "ModelFacts"
     schemes: tuple[QuantScheme, QuantScheme | None]  # of the experts and of the rest
     ctx: int
 
     @classmethod
     def read(cls, path: Path, scheme_name: str, config: EngineConfig) -> "_Asked":
         from moecli.engine import context_size
-        from moecli.models.config import ModelSpec
+        from moecli.models.facts import read_facts
 
-        spec = ModelSpec.from_hf(store.config(path))
+        spec = read_facts(store.config(path))
         return cls(path, spec, _schemes(path, scheme_name), context_size(config.ctx, spec))
 
 

@@ -58,6 +58,11 @@ class _Fields:
         return _Fields(self.get(key, dict), f"`{key}` of {self.where}")
 
 
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether `read_spec` is to read it: a family of our own decoder, or no MoE model at all."""
+    return _architecture(config) in _READERS or not _has_experts(config)
+
+
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a parsed config.json; raises MoecliError naming what is wrong with it."""
     architecture = _architecture(config)
