@@ -12,10 +12,9 @@ from moecli.bench_result import BenchResult, BenchRow, Run
 from moecli.bench_tests import BenchConfig, BenchTests
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.engine import Engine
-from moecli.generation import peak_rss_nbytes
 from moecli.measuring import with_compute
 from moecli.planning import plan_model
-from offload.hardware import Machine
+from offload.hardware import Machine, peak_rss_nbytes
 from offload.plan import MemoryPlan
 from quant import ops
 from quant.checkpoint import QuantizedCheckpoint

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moecli.footprint import STORED_ITEMSIZE, expert_nbytes, stored_tensor_nbytes
 from moecli.models.config import DenseTensor
-from moecli.models.outline import Counted
+from moecli.models.outline import Own
 from moecli.units import GIB
 from quant.scheme import QuantScheme
 
@@ -41,7 +41,7 @@ class Cluster:
         return -(-self.num_cards // NODE_CARDS)
 
 
-def smallest(spec: Counted, scheme: QuantScheme | None, ctx: int, card_gib: int) -> Cluster | None:
+def smallest(spec: Own, scheme: QuantScheme | None, ctx: int, card_gib: int) -> Cluster | None:
     """The fewest cards for one sequence of `ctx` tokens; None where 64 nodes do not hold it."""
     usable = int(card_gib * GIB * UTILIZATION) - RESERVE_NBYTES
     for cards, stages in _layouts():
@@ -74,7 +74,7 @@ def _layouts() -> Iterator[tuple[int, int]]:
     yield from ((NODE_CARDS, nodes) for nodes in range(2, _MOST_NODES + 1))
 
 
-def _whole_experts(spec: Counted, scheme: QuantScheme | None, cards: int) -> bool | None:
+def _whole_experts(spec: Own, scheme: QuantScheme | None, cards: int) -> bool | None:
     """Whether experts lie whole on `cards` cards; None where the model cannot be divided so."""
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
     if heads % cards or (kv_heads % cards and cards % kv_heads):
@@ -86,7 +86,7 @@ def _whole_experts(spec: Counted, scheme: QuantScheme | None, cards: int) -> boo
 
 
 def _fullest_nbytes(
-    spec: Counted, scheme: QuantScheme | None, ctx: int, cards: int, stages: int
+    spec: Own, scheme: QuantScheme | None, ctx: int, cards: int, stages: int
 ) -> int:
     """Bytes of the card that holds most: of weights, and of the keys and values of its layers."""
     layers = [0] * spec.num_layers
@@ -117,7 +117,7 @@ def _share(tensor: DenseTensor, cards: int) -> int:
     return -(-nbytes // cards) if divided else nbytes
 
 
-def _kv_parts(spec: Counted, cards: int) -> int:
+def _kv_parts(spec: Own, cards: int) -> int:
     """Among how many cards a cache is divided: by heads, and latents not at all."""
     latent = any("kv_a_proj" in tensor.name for tensor in spec.dense_tensors)
     return 1 if latent else min(cards, spec.num_kv_heads)

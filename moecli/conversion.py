@@ -11,8 +11,9 @@ from moecli.errors import MoecliError
 from moecli.hub.client import Caller
 from moecli.hub.selection import COMPANIONS
 from moecli.models.config import ModelSpec
+from moecli.models.facts import ModelFacts, read_facts
 from moecli.models.hf_config import BITSANDBYTES, source_scheme
-from moecli.models.naming import plan_conversion
+from moecli.models.naming import Conversion, Shapes, plan_conversion
 from quant.bnb_source import open_source
 from quant.checkpoint import Checkpoint
 from quant.convert import (
@@ -114,9 +115,8 @@ def _job(
     supply: Supply,
 ) -> ConversionJob:
     config = _without_quantization(checkpoint.config)
-    spec = ModelSpec.from_hf(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    conversion = plan_conversion(spec, shapes, dense_scheme)
+    conversion = _conversion(read_facts(config), shapes, dense_scheme)
     config["quantization_config"] = quantization_config(scheme, dense_scheme, conversion.ignore)
     return ConversionJob(
         source=checkpoint,
@@ -129,6 +129,14 @@ def _job(
         extra_files=tuple(name for name in COMPANIONS if (checkpoint.path / name).is_file()),
         supply=supply,
     )
+
+
+def _conversion(spec: ModelFacts, shapes: Shapes, dense_scheme: QuantScheme | None) -> Conversion:
+    if isinstance(spec, ModelSpec):
+        return plan_conversion(spec, shapes, dense_scheme)
+    from moecli.models.hf.conversion import plan_library_conversion
+
+    return plan_library_conversion(spec, shapes, dense_scheme)
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

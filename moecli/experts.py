@@ -4,13 +4,14 @@ Legend: T tokens, k choices a token, n choices of one group of experts, H hidden
 layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from moecli.expert_math import address_table
-from moecli.models.config import ModelSpec
+from moecli.gated import Gate, gated_experts
+from moecli.models.facts import ModelFacts
 from offload.manager import ExpertManager
 from offload.stream import Stream
 from offload.usage import ExpertUsage
@@ -29,11 +30,17 @@ class OffloadedExperts:
     """
 
     def __init__(
-        self, manager: ExpertManager, layout: ExpertLayout, spec: ModelSpec, usage: ExpertUsage
+        self,
+        manager: ExpertManager,
+        layout: ExpertLayout,
+        spec: ModelFacts,
+        usage: ExpertUsage,
+        gates: Mapping[int, Gate] | None = None,
     ) -> None:
-        """`usage` counts what is asked for here."""
+        """`usage` counts what is asked for here; `gates`, by layer, where it is not SiLU's."""
         self._manager = manager
         self._usage = usage
+        self._gates = gates or {}
         self._layout = layout
         self._spec = spec
         self._stream: Stream | None = None  # the newest
@@ -57,7 +64,8 @@ class OffloadedExperts:
         wanted = sorted(set(topk_ids.flatten().tolist()))
         self._usage.add(layer, wanted)
         self._stream = self._manager.stream(layer, wanted)
-        choices = Choices(hidden, topk_ids, topk_weights, self._layout, self._spec)
+        gate = self._gates.get(layer)
+        choices = Choices(hidden, topk_ids, topk_weights, self._layout, self._spec, gate)
         return PendingExperts(self._stream, len(wanted), choices, self._send_guess_beside)
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
@@ -66,7 +74,7 @@ class OffloadedExperts:
         likeliest = experts[counts.argsort(descending=True, stable=True)]
         most = self._manager.capacity // 2
         self._guess = layer, likeliest[:most].tolist()
-        if not self._spec.layers[layer - 1].moe:
+        if layer - 1 not in self._spec.moe_layers:
             self._send_guess(most)  # nothing else is under way
 
     def _send_guess_beside(self, stream: Stream) -> None:
@@ -96,15 +104,19 @@ class Choices:
         topk_ids: Tensor,  # [T, k]
         topk_weights: Tensor,  # [T, k]
         layout: ExpertLayout,
-        spec: ModelSpec,
+        spec: ModelFacts,
+        gate: Gate | None = None,
     ) -> None:
         self._chosen = hidden, topk_ids, topk_weights
         self._num_experts = spec.num_experts
-        self._layout, self._weight_on_input = layout, spec.weight_on_input
+        self._layout, self._weight_on_input, self._gate = layout, spec.weight_on_input, gate
         self._total: Tensor | None = None  # [T, k, H], once there is more than one group
 
     def compute_all(self, addresses: dict[int, int]) -> Tensor:
         """[T, H] where every expert lies somewhere."""
+        if self._gate is not None:
+            self.compute(addresses)
+            return self.sum()
         hidden = self._chosen[0]
         out = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
         ops.add_routed_experts(
@@ -137,6 +149,8 @@ class Choices:
 
     def _contributions(self, hidden: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
         """[tokens, choices, H]"""
+        if self._gate is not None:
+            return gated_experts(hidden, ids, weights, table, self._layout, self._gate)
         return ops.routed_experts(
             *(hidden, ids, weights, table, self._layout), weight_on_input=self._weight_on_input
         )

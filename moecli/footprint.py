@@ -2,7 +2,7 @@
 
 from moecli.config import KV_DTYPES, RUN_SCHEMES
 from moecli.models.config import DenseTensor
-from moecli.models.outline import Counted, Outline
+from moecli.models.outline import Counted, Outline, Own
 from offload.plan import ModelFootprint
 from quant.layout import SLOT_ALIGNMENT, ExpertLayout
 from quant.scheme import GROUP_SIZES, QuantScheme
@@ -86,6 +86,8 @@ def workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     scores of one block; the choices' contributions twice (total and wave); one expert's inner
     activations for every token; and the logits of a token.
     """
+    if not isinstance(spec, Own):
+        return spec.workspace_nbytes(ctx, prefill_chunk)
     tokens = min(prefill_chunk, ctx)
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     inner = max(
@@ -96,15 +98,17 @@ def workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
 
 
-def kv_nbytes(spec: Counted, ctx: int, kv_dtype: str) -> int:
+def kv_nbytes(spec: Counted, ctx: int, prefill_chunk: int, kv_dtype: str) -> int:
     """Bytes of a KV cache; `kv_dtype` is EngineConfig's."""
     assert kv_dtype in KV_DTYPES, f"no dtype of a KV cache is called {kv_dtype}"
+    if not isinstance(spec, Own):
+        return spec.cache_nbytes(ctx, prefill_chunk)
     return spec.kv_nbytes(ctx, *_KV_ITEMSIZES[kv_dtype])
 
 
 def expanded_nbytes(spec: Counted, ctx: int, kv_dtype: str) -> int:
     """What a chunk of prompt needs besides where the KV cache is int8: one layer of it in bf16."""
-    if kv_dtype != "int8":
+    if kv_dtype != "int8" or not isinstance(spec, Own):
         return 0
     longest = max(spec.kv_capacity(layer, ctx) for layer in range(spec.num_layers))
     return 2 * spec.num_kv_heads * spec.head_dim * STORED_ITEMSIZE * longest
@@ -118,7 +122,7 @@ def device_workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
 
 def active_weights(spec: Counted) -> int:
     """Weights that a token of a prompt is multiplied with: the last one alone meets the head."""
-    linears = sum(t.numel for t in spec.dense_tensors if t.linear and t.name != "lm_head")
+    linears = sum(t.numel for t in spec.dense_tensors if t.linear and "lm_head" not in t.name)
     return linears + len(spec.moe_layers) * spec.experts_per_token * spec.expert_numel
 
 
@@ -143,7 +147,7 @@ def model_footprint(
     return ModelFootprint(
         dense_nbytes=dense - embedding,
         embedding_nbytes=embedding,
-        kv_nbytes=kv_nbytes(spec, ctx, kv_dtype),
+        kv_nbytes=kv_nbytes(spec, ctx, prefill_chunk, kv_dtype),
         workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk)
         + expanded_nbytes(spec, ctx, kv_dtype),
         num_moe_layers=len(spec.moe_layers),

@@ -18,6 +18,7 @@ from moecli.favourites import Favourites
 from moecli.graphs import captured, eager
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
+from moecli.models.facts import LibraryFacts
 from moecli.processor import KV_DTYPE
 from moecli.selfcheck import FastPaths, fast_paths
 from offload.disk import DiskTier
@@ -66,6 +67,31 @@ def device_machine(
     if config.device == SIMULATED:
         return detect(path)
     return with_compute(detect(path, gpu=True), layout, spec.experts_per_token)
+
+
+def within_library(
+    config: EngineConfig, spec: LibraryFacts, ctx: int, notify: Notify
+) -> EngineConfig:
+    """The settings of a model that the library computes: on the processor, as stored, in fp32.
+
+    Raises MoecliError for what was asked for and is not to be had.
+    """
+    reason = f"`{spec.architecture}` is computed by transformers, "
+    if config.device == "cuda" or config.vram_nbytes:
+        raise MoecliError(
+            reason + "which moecli runs on the processor alone",
+            "leave out `--device` and `--vram`",
+        )
+    if config.kv_dtype != "auto":
+        raise MoecliError(reason + "whose KV cache is in fp32 here", "leave out `--kv-dtype`")
+    if config.dense_scheme != "stored":
+        raise MoecliError(
+            reason + "and its dense weights stay as they are stored", "leave out `--dense-scheme`"
+        )
+    if takes_card(config):
+        notify(reason + "which moecli runs on the processor: the graphics card is not used")
+    chunk = spec.chunk_size(ctx, config.prefill_chunk)
+    return replace(config, device="cpu", prefill_chunk=chunk)
 
 
 def within_paths(config: EngineConfig, paths: FastPaths) -> EngineConfig:

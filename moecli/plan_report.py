@@ -6,8 +6,7 @@ from typing import Any
 from moecli import cluster, whatif
 from moecli.cluster import CARD_GIB, Cluster
 from moecli.footprint import fitting, stored_nbytes
-from moecli.models.config import ModelSpec
-from moecli.models.outline import Counted
+from moecli.models.outline import Counted, Outline, Own
 from moecli.planning import Question, refusal
 from moecli.whatif import Step
 from offload.plan import MemoryPlan
@@ -20,21 +19,10 @@ class Subject:
 
     name: str
     title: str  # for people
-    spec: Counted
+    spec: Counted  # as our own decoder would run it, where that can be counted
     source: str | None  # a repository or a directory; None: no weights were released
     quantized: str | None = None  # the directory that `quantize` writes, or has written
     guessed: str | None = None  # what nobody has published of it
-
-    @property
-    def remark(self) -> str | None:
-        """What can be done with the model, unless it is everything."""
-        if self.spec.num_experts == 1:
-            return "a dense model, for comparison: planned as if its MLPs were experts"
-        if not isinstance(self.spec, ModelSpec):
-            return "planned only: moecli does not run this architecture yet"
-        if self.source is None and self.quantized is None:
-            return "planned only: no weights were released"
-        return None
 
 
 @dataclass(frozen=True)
@@ -65,10 +53,22 @@ class PlanReport:
     @property
     def remark(self) -> str | None:
         """What cannot be done with the model, or with this plan of it."""
+        subject, spec = self.subject, self.asked.spec
+        if isinstance(spec, Outline) and spec.is_dense:
+            return "a dense model, for comparison: planned as if its MLPs were experts"
+        if not runs(spec):
+            return "planned only: moecli does not run this architecture yet"
+        if subject.source is None and subject.quantized is None:
+            return "planned only: no weights were released"
+        if isinstance(spec, Outline):
+            return (
+                "planned as a decoder of moecli's own would run it; today transformers computes "
+                "it, on the processor alone"
+            )
+        if self.plan.on_device and not isinstance(spec, Own):
+            return "planned only: transformers computes this architecture, on the processor alone"
         refused = refusal(self.asked.config, self.plan)
-        if self.subject.remark or refused is None:
-            return self.subject.remark
-        return f"planned only: {refused.message}"
+        return None if refused is None else f"planned only: {refused.message}"
 
     @property
     def served(self) -> tuple[str, tuple[str, ...]] | None:
@@ -122,15 +122,20 @@ def _holding(holding: Holding) -> dict[str, Any]:
     }
 
 
+def runs(spec: Counted) -> bool:
+    """Whether moecli runs such models: with our own decoder, or with the library's modules."""
+    return not isinstance(spec, Outline) or not (spec.is_dense or spec.expert_bias)
+
+
 def make_report(subject: Subject, asked: Question) -> PlanReport:
     """Raises OffloadError or MoecliError where the model does not fit: see `plan_model`."""
     plan = asked.answer()
-    return PlanReport(subject, asked, plan, whatif.steps(asked, plan), _holdings(asked))
+    return PlanReport(subject, asked, plan, whatif.steps(asked, plan), _holdings(subject, asked))
 
 
-def _holdings(asked: Question) -> tuple[Holding, ...]:
+def _holdings(subject: Subject, asked: Question) -> tuple[Holding, ...]:
     """bf16, int8 and int4, or the scheme that is asked for in place of its namesake."""
-    spec, (scheme, dense) = asked.spec, asked.schemes
+    spec, (scheme, dense) = subject.spec, asked.schemes
     dense = dense or fitting(spec, QuantScheme.parse("int8"), experts=False)
     found = []
     for name in ("bf16", "int8", "int4"):
@@ -139,7 +144,10 @@ def _holdings(asked: Question) -> tuple[Holding, ...]:
             of_experts, rest = fitting(spec, QuantScheme.parse(name), experts=True), dense
             if of_experts.bits == scheme.bits:
                 of_experts, rest = asked.schemes
-        clusters = tuple(cluster.smallest(spec, of_experts, asked.ctx, size) for size in CARD_GIB)
+        clusters = tuple(
+            cluster.smallest(spec, of_experts, asked.ctx, size) if isinstance(spec, Own) else None
+            for size in CARD_GIB
+        )
         shown = "bf16" if of_experts is None else of_experts.name
         found.append(Holding(shown, stored_nbytes(spec, of_experts, rest), clusters))
     return tuple(found)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moecli import ui
 from moecli.cluster import CARD_GIB, Cluster, assumed
+from moecli.models.outline import Own
 from moecli.plan_report import PlanReport
 from moecli.terminal import is_terminal
 from moecli.units import format_nbytes, format_params
@@ -116,7 +117,9 @@ def _device_lines(plan: MemoryPlan) -> list[tuple[str, dict[str, int], str]]:
 
 def _cache(report: PlanReport) -> str:
     """How many layers hold how much of the context."""
-    spec, ctx = report.subject.spec, report.asked.ctx
+    spec, ctx = report.asked.spec, report.asked.ctx
+    if not isinstance(spec, Own):
+        return "kept by transformers"
     held = [spec.kv_capacity(layer, ctx) for layer in range(spec.num_layers)]
     short = [tokens for tokens in held if tokens < ctx]
     if not short:

@@ -7,6 +7,7 @@ are measured by `offload.bandwidth` when asked for.
 import os
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def _sysconf_ram() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None  # Windows has no sysconf, and some systems lack these names
+
+
+def peak_rss_nbytes() -> int:
+    """Largest resident size of this process so far, in bytes.
+
+    Without /proc what the process took that started this one counts too: it is where the
+    system's own count begins.
+    """
+    peak = _kib(_fields(_read(Path("/proc/self/status")), ":").get("VmHWM"))
+    if peak is not None:
+        return peak
+    import resource
+
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
 
 
 def _available_elsewhere(total: int | None) -> int | None:

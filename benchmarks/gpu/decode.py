@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from moecli.config import SamplingConfig
 from moecli.device_tiers import MakeArena
 from moecli.graphs import Capture, captured, eager
 from offload.errors import OffloadError
-from offload.hardware import detect
+from offload.hardware import detect, peak_rss_nbytes
 from offload.plan import MemoryPlan
 
 _WARM_STEPS = 8
@@ -304,7 +303,7 @@ def _memory(device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
     row: dict[str, Any] = {
         "planned_vram_nbytes": plan.vram_nbytes,
         "planned_ram_nbytes": plan.ram_nbytes,
-        "peak_rss_nbytes": _peak_rss(),
+        "peak_rss_nbytes": peak_rss_nbytes(),
     }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -316,12 +315,3 @@ def _memory(device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
             "within_plan": allocated + plan.context_nbytes <= plan.vram_nbytes,
         }
     return row
-
-
-def _peak_rss() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith("VmHWM:")]
-    return int(found[0].split()[1]) << 10 if found else None

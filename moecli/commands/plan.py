@@ -18,6 +18,7 @@ from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from moecli.models.outline import Counted
+    from moecli.plan_report import Subject
     from moecli.planning import Question
     from offload.hardware import Machine
     from quant.layout import ExpertLayout
@@ -81,8 +82,7 @@ def plan(
     from moecli.plan_report import make_report
     from moecli.plan_view import show_plan
 
-    asked = _question(source, scheme_name, config, rates)
-    subject = source.subject(asked.spec, asked.schemes[0])
+    subject, asked = _question(source, scheme_name, config, rates)
     try:
         report = make_report(subject, asked)
     except OffloadError as error:
@@ -99,16 +99,26 @@ def _rate(text: str | None, name: str) -> float | None:
 
 def _question(
     source: PlanSource, scheme_name: str, config: EngineConfig, rates: dict[str, float | None]
-) -> "Question":
+) -> tuple["Subject", "Question"]:
     from moecli.engine import context_size
+    from moecli.models.facts import read_facts
     from moecli.models.hf_outline import read_counted
+    from moecli.models.outline import Outline, Own
+    from moecli.opening_device import within_library
+    from moecli.plan_report import runs
     from moecli.planning import Question
 
-    spec = read_counted(source.config())
-    schemes = source.schemes(spec, scheme_name)
+    counted = spec = read_counted(source.config())
     ctx = context_size(config.ctx, spec)
+    on_card = config.vram_nbytes is not None or config.device == "cuda"
+    if source.path is not None and not on_card:
+        if isinstance(spec, Outline) and runs(spec):
+            spec = read_facts(source.config())  # what a run is made of
+        if not isinstance(spec, Own):
+            config = within_library(config, spec, ctx, ui.show_note)
+    schemes = source.schemes(spec, scheme_name)
     machine = _machine(source.path or store.models_dir(), spec, schemes[0], config, rates)
-    return Question(spec, schemes, ctx, config, machine)
+    return source.subject(counted, schemes[0]), Question(spec, schemes, ctx, config, machine)
 
 
 def _machine(

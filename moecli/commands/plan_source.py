@@ -48,8 +48,7 @@ class PlanSource:
         return self.known.config()
 
     def subject(self, spec: "Counted", scheme: QuantScheme) -> "Subject":
-        from moecli.models.config import ModelSpec
-        from moecli.plan_report import Subject
+        from moecli.plan_report import Subject, runs
 
         title = self.name if self.known is None else f"{self.known.label}, a built-in spec"
         guessed = None if self.known is None else self.known.guessed
@@ -59,7 +58,7 @@ class PlanSource:
         quantized = None
         if self.path is not None and store.is_model(self.path):
             source, quantized = None, str(self.path)
-        elif isinstance(spec, ModelSpec) and source is not None:
+        elif source is not None and runs(spec):
             quantized = _short(store.default_output(source.rpartition("/")[2], scheme))
         return Subject(self.name, title, spec, source, quantized, guessed)
 

@@ -42,7 +42,12 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether moecli runs models of this architecture."""
+    """Whether `read_spec` is to read it: a family of our own decoder, or no MoE model at all."""
+    return has_reader(config) or not _has_experts(config)
+
+
+def has_reader(config: Mapping[str, Any]) -> bool:
+    """Whether our own decoder runs models of this architecture."""
     return architecture_of(config) in _READERS
 
 

@@ -1,4 +1,4 @@
-"""Knows how config.json describes models that can be counted but not run; asks hf_config first.
+"""Knows how config.json describes models that our own decoder does not run and a plan counts.
 
 A family that hf_config has learned to read is not looked up here any more.
 """
@@ -8,21 +8,21 @@ from typing import Any
 
 from moecli.models import hf_config
 from moecli.models.config import DenseTensor
+from moecli.models.facts import read_facts
 from moecli.models.hf_fields import Fields
 from moecli.models.outline import Counted, LayerOutline, Outline
 
 
 def read_counted(config: Mapping[str, Any]) -> Counted:
-    """The spec of a config.json that moecli can run, else what can be counted of it.
+    """The spec of a config.json that our own decoder runs, else what can be counted of it.
 
-    Raises MoecliError for an architecture that moecli does not know, and for a missing or odd key.
+    Else what the library counts, in the library's seconds. Raises MoecliError for an architecture
+    that nobody knows, and for a missing or odd key.
     """
-    if hf_config.is_known(config):
-        return hf_config.read_spec(config)
     architecture = hf_config.architecture_of(config)
     reader = _READERS.get(architecture)
-    if reader is None:
-        return hf_config.read_spec(config)  # says what is wrong with it
+    if hf_config.has_reader(config) or reader is None:
+        return read_facts(config)
     return reader(architecture, Fields(config))
 
 

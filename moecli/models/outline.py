@@ -1,13 +1,14 @@
 """Knows what a model is made of as far as it can be counted; no HF names, no forward pass.
 
-A plan takes no more: so models can be planned that moecli cannot run. Of those that it can run the
-ModelSpec counts, whose names these are.
+A plan takes no more: so models can be planned as our own decoder would run them that it does not
+know. Of those that it knows the ModelSpec counts, whose names these are.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 from moecli.models.config import DenseTensor, ModelSpec
+from moecli.models.facts import LibraryFacts
 
 
 @dataclass(frozen=True)
@@ -101,5 +102,10 @@ class Outline:
             for index, layer in enumerate(self.layers)
         )
 
+    @property
+    def is_dense(self) -> bool:
+        return self.num_experts == 1
 
-Counted = ModelSpec | Outline  # what a plan is made from
+
+Own = ModelSpec | Outline  # what is, or would be, computed by our own decoder
+Counted = Own | LibraryFacts  # what a plan is made from

@@ -310,3 +310,26 @@ def test_documented_plans_are_current() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page.count("$ moecli plan") == 4
     assert document(page) == page
+
+
+def test_what_the_library_runs_is_planned_as_it_runs_there(real_cli: Command, home: Path) -> None:
+    """On the processor as transformers runs it, cache in fp32; on a card as our decoder would."""
+    mixtral = known.find("mixtral-8x7b")
+    assert mixtral is not None
+    small = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = mixtral.config() | small | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (home / "small").mkdir()
+    (home / "small" / "config.json").write_text(json.dumps(config))
+    rates = DESKTOP[4:]
+    outcome = real_cli("plan", "small", "--ram", "1GiB", *rates, "-c", "1024", "--json")
+    assert outcome.code == 0, outcome.err
+    here = json.loads(outcome.out)
+    assert here["kv_nbytes"] == 2 * 1024 * 2 * 2 * 64 * 4
+    assert here["remark"] is None
+    assert not here["on_device"]
+    card = planned(real_cli, "small", "--ram", "1GiB", "--vram", "2GiB", *rates, "-c", "1024")
+    assert card["kv_nbytes"] == here["kv_nbytes"] // 2
+    assert "today transformers computes it" in card["remark"]
+    assert card["num_params"] == here["num_params"]
+    assert card["holdings"] == here["holdings"]
+    assert planned(real_cli, "gpt-oss-20b", *DESKTOP)["remark"].startswith("planned only: moecli")

@@ -16,9 +16,8 @@ from moecli.benchmarking import Subject, drop_page_cache, run_bench
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.engine import Engine
 from moecli.errors import MoecliError
-from moecli.generation import peak_rss_nbytes
 from moecli.models.batch import Batch
-from offload.hardware import Machine
+from offload.hardware import Machine, peak_rss_nbytes
 from quant.checkpoint import QuantizedCheckpoint
 from tests.commands import Command
 

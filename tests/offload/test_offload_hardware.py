@@ -7,7 +7,7 @@ import pytest
 import offload.bandwidth
 from offload.bandwidth import measure_disk, measure_ram
 from offload.errors import OffloadError
-from offload.hardware import Machine, detect
+from offload.hardware import Machine, detect, peak_rss_nbytes
 
 MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n"
 GIB = 1 << 30
@@ -24,6 +24,18 @@ def make_root(tmp_path: Path, files: dict[str, str]) -> Path:
 def test_memory_without_cgroups(tmp_path: Path) -> None:
     machine = detect(root=make_root(tmp_path, {"proc/meminfo": MEMINFO}))
     assert (machine.ram_total, machine.ram_available) == (16 * GIB, 8 * GIB)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_peak_memory_grows_by_what_was_touched() -> None:
+    before = peak_rss_nbytes()
+    held = bytearray(64 << 20)
+    held[:: 1 << 12] = b"x" * (len(held) >> 12)
+    assert peak_rss_nbytes() <= before + (96 << 20)
+    del held
+    spent = bytearray(before + (64 << 20))
+    spent[:: 1 << 12] = b"x" * (len(spent) >> 12)
+    assert peak_rss_nbytes() >= before + (32 << 20)
 
 
 V2 = "sys/fs/cgroup/"
