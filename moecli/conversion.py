@@ -16,12 +16,12 @@ from moecli.models.hf_config import BITSANDBYTES, source_scheme
 from moecli.models.naming import Conversion, Shapes, plan_conversion
 from quant.bnb_source import open_source
 from quant.checkpoint import Checkpoint
-from quant.convert import (
+from quant.convert import convert
+from quant.job import (
     SOURCE_DIRECTORY,
     ConversionJob,
     ConversionResult,
     ProgressCallback,
-    convert,
     partial_of,
 )
 from quant.pack_quantized import quantization_config

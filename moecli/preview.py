@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.convert import ConversionJob, plan_of
+from quant.job import ConversionJob, plan_of
 from quant.quantize import quantize_measured
 from quant.safetensors_file import memory_of
 from quant.workers import Workers

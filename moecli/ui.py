@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moecli.hub.client import RemoteFile
     from moecli.hub.pulling import Pull, PullProgress
     from offload.plan import MemoryPlan
-    from quant.convert import ConversionProgress, ConversionResult
+    from quant.job import ConversionProgress, ConversionResult
 
 _RED, _YELLOW, _GREEN = "31;1", "33", "32"
 

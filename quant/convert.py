@@ -9,101 +9,39 @@ gets its name. The bytes depend on the source and the job alone.
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from quant.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, read_json
+from quant.checkpoint import read_json
 from quant.errors import QuantError
-from quant.items import DenseItem, ExpertItem, SliceReader, TensorSlice
+from quant.items import SliceReader
+from quant.job import (
+    SOURCE_DIRECTORY,
+    ConversionJob,
+    ConversionProgress,
+    ConversionResult,
+    ProgressCallback,
+    job_key,
+    plan_of,
+)
 from quant.journal import Journal, other_job
-from quant.manifest import FORMAT_VERSION, MANIFEST_FILE, FileRecord, Manifest
-from quant.quantize import SquaredError, quantize_measured
-from quant.safetensors_file import memory_of, write_fully
-from quant.scheme import QuantScheme
+from quant.manifest import MANIFEST_FILE, FileRecord, Manifest
+from quant.quantize import SquaredError
 from quant.shard_writer import ShardWriter, writing
-from quant.shards import OutputPlan, PlacedUnit, Unit, plan_output, reading_order
-from quant.supply import AllThere, Supply
-from quant.tensor import QuantizedWeight
+from quant.shards import OutputPlan, PlacedUnit, reading_order
+from quant.small_files import sync_directory, write_small_files
+from quant.unit_writer import UnitWriter
 from quant.workers import Workers
 
-SHARD_NBYTES = 5 * 10**9
-SOURCE_DIRECTORY = "source"  # in the partial directory: for files of the source on their way
 _JOURNAL_FILE = "journal"
 # At most this much finished work is written again after a power failure; a kill loses none.
 _SYNC_NBYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class ConversionJob:
-    """What is to become of a checkpoint. `config` is written as it is."""
-
-    source: Checkpoint
-    out: Path
-    scheme: QuantScheme
-    dense_scheme: QuantScheme | None
-    experts: tuple[ExpertItem, ...]
-    dense: tuple[DenseItem, ...]
-    config: dict[str, Any]
-    extra_files: tuple[str, ...] = ()  # copied from the source's directory
-    shard_nbytes: int = SHARD_NBYTES
-    supply: Supply = AllThere()  # noqa: RUF009 it has no state
-
-    @property
-    def partial(self) -> Path:
-        """Where the result grows until it is whole."""
-        return partial_of(self.out)
-
-
-@dataclass(frozen=True)
-class ConversionProgress:
-    """Bytes are those of the source; `error` is the running relative rms error of experts."""
-
-    done_nbytes: int
-    total_nbytes: int
-    item: str  # what was just finished
-    error: float
-    elapsed_s: float
-    eta_s: float | None  # None until this run has finished something
-
-
-@dataclass(frozen=True)
-class ConversionResult:
-    """Sizes in bytes; errors are relative rms errors of the weights that were quantized."""
-
-    out: Path
-    out_nbytes: int
-    source_nbytes: int
-    bpw_experts: float
-    bpw: float  # of all weights, those kept in 16 bits included
-    error_experts: float
-    error_dense: float
-    units_done: int  # by this run
-    units_resumed: int  # found finished from an earlier one
-    seconds: float  # of this run
-
-
-ProgressCallback = Callable[[ConversionProgress], None]
-
-
-def plan_of(job: ConversionJob) -> OutputPlan:
-    """What will be written; raises QuantError where tensors of the source do not fit."""
-    return plan_output(job.source, job.scheme, job.experts, job.dense, job.shard_nbytes)
-
-
-def partial_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
 
 
 def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> ConversionResult:
@@ -130,7 +68,7 @@ def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> Con
         with writing(job.out):
             os.fsync(directory)
             os.rename(job.partial, job.out)
-            _sync_directory(job.out.parent)
+            sync_directory(job.out.parent)
     finally:
         os.close(directory)
     return conversion.result()
@@ -145,7 +83,7 @@ class _Conversion:
     progress: ProgressCallback
     started: float
     workers: Workers
-    reader: SliceReader = field(init=False)
+    units: UnitWriter = field(init=False)
     writers: dict[int, ShardWriter] = field(default_factory=dict)  # by number of file
     unsynced: set[int] = field(default_factory=set)
     unsynced_nbytes: int = 0
@@ -159,9 +97,9 @@ class _Conversion:
     units_resumed: int = 0
 
     def __post_init__(self) -> None:
-        self.reader = SliceReader(self.job.source)
+        self.units = UnitWriter(SliceReader(self.job.source), self.workers)
         self.total_nbytes = self.plan.source_nbytes
-        self.key = _job_key(self.job)
+        self.key = job_key(self.job)
 
     def run(self) -> None:
         """Fill the partial directory; afterwards it needs nothing but its name."""
@@ -185,7 +123,7 @@ class _Conversion:
                 for writer in self.writers.values():
                     writer.close()
             self.sums = self._sums()
-            self._write_small_files()
+            write_small_files(self.job, self.plan, self._manifest())
         with writing(partial):
             if (partial / SOURCE_DIRECTORY).exists():
                 shutil.rmtree(partial / SOURCE_DIRECTORY)
@@ -288,7 +226,7 @@ class _Conversion:
         with writing(path):
             writer = self._writer(placed.shard)
             writer.begin(placed.offset)
-            error = self._write_unit(placed.unit, writer)
+            error = self.units.write(placed.unit, writer)
             journal.append(
                 {
                     "shard": placed.shard,
@@ -355,69 +293,12 @@ class _Conversion:
             )
         )
 
-    def _write_unit(self, unit: Unit, writer: ShardWriter) -> SquaredError:
-        if unit.source is None:
-            writer.write(unit.constant)
-        elif unit.scheme is not None:
-            return self._write_linear(unit.source, unit.scheme, writer)
-        else:
-            self._write_kept(unit.source, unit.tensors[0].dtype, writer)
-        return SquaredError()
-
-    def _write_linear(
-        self, part: TensorSlice, scheme: QuantScheme, writer: ShardWriter
-    ) -> SquaredError:
-        """Packed words, block by block, then all scales."""
-        scales: list[Tensor] = []
-        error = SquaredError()
-
-        def quantized(block: Tensor) -> tuple[QuantizedWeight, SquaredError]:
-            try:
-                return quantize_measured(block, scheme)
-            except QuantError as failure:
-                raise QuantError(f"`{part.name}`: {failure.message}", failure.hint) from failure
-
-        for weight, made in self.workers.map(quantized, self.reader.blocks(part)):
-            writer.write(memory_of(weight.packed))
-            scales.append(weight.scale)
-            error += made
-        for scale in scales:
-            writer.write(memory_of(scale))
-        return error
-
-    def _write_kept(self, part: TensorSlice, dtype: torch.dtype, writer: ShardWriter) -> None:
-        for block in self.reader.blocks(part):
-            kept = block.to(dtype).contiguous()
-            if kept.is_floating_point() and not bool(torch.isfinite(kept).all()):
-                raise QuantError(
-                    f"`{part.name}` holds NaN or infinite values",
-                    "the checkpoint is damaged or its training diverged; download it again",
-                )
-            writer.write(memory_of(kept))
-
-    def _write_small_files(self) -> None:
-        """What is no tensor; the manifest last, under its name only when all else is on disk."""
-        partial, source = self.job.partial, self.job.source.path
-        contents = {CONFIG_FILE: _json_bytes(self.job.config)}
-        if len(self.plan.shards) > 1:
-            contents[INDEX_FILE] = _json_bytes(_index(self.plan))
-        for name in self.job.extra_files:
-            contents[name] = (source / name).read_bytes()
+    def _manifest(self) -> Manifest:
+        """Of the files with tensors."""
         files = {
             shard.name: FileRecord(shard.nbytes, self.digests[shard.name])
             for shard in self.plan.shards
         }
-        for name, content in contents.items():
-            files[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
-            _write_file(partial / name, content)
-        temporary = partial / f"{MANIFEST_FILE}.tmp"
-        _write_file(temporary, self._manifest(files).encode())
-        with writing(partial):
-            _sync_directory(partial)
-            os.replace(temporary, partial / MANIFEST_FILE)
-            _sync_directory(partial)
-
-    def _manifest(self, files: dict[str, FileRecord]) -> Manifest:
         return Manifest(
             job=self.key,
             source=self.job.source.fingerprint,
@@ -427,31 +308,6 @@ class _Conversion:
             files=files,
             experts={layer: tuple(table) for layer, table in self.plan.experts.items()},
         )
-
-
-def _job_key(job: ConversionJob) -> str:
-    """Hash of all that decides the bytes of the result."""
-    content = {
-        "format": FORMAT_VERSION,
-        "source": job.source.fingerprint,
-        "scheme": asdict(job.scheme),
-        "dense_scheme": None if job.dense_scheme is None else asdict(job.dense_scheme),
-        "experts": [asdict(item) for item in job.experts],
-        "dense": [asdict(item) for item in job.dense],
-        "config": job.config,
-        "extra_files": {
-            name: hashlib.sha256((job.source.path / name).read_bytes()).hexdigest()
-            for name in job.extra_files
-        },
-        "shard_nbytes": job.shard_nbytes,
-    }
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _index(plan: OutputPlan) -> dict[str, Any]:
-    weight_map = {name: shard.name for shard in plan.shards for name in shard.entries}
-    total = sum(entry.nbytes for shard in plan.shards for entry in shard.entries.values())
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def _check_is_ours(partial: Path) -> None:
@@ -472,25 +328,3 @@ def _lock(directory: int, partial: Path) -> None:
         raise QuantError(
             f"another conversion is writing `{partial}`", "wait until it is done"
         ) from error
-
-
-def _json_bytes(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with writing(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            write_fully(descriptor, content)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

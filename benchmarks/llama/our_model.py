@@ -22,7 +22,8 @@ from benchmarks.llama.numbers import Numbers
 from moecli.models.config import ModelSpec
 from moecli.models.naming import plan_conversion
 from quant.checkpoint import QuantizedCheckpoint, TensorInfo
-from quant.convert import ConversionJob, convert
+from quant.convert import convert
+from quant.job import ConversionJob
 from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
 

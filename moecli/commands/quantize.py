@@ -16,7 +16,7 @@ from moecli.units import format_bandwidth, format_nbytes, format_wait, parse_ban
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
-    from quant.convert import ConversionJob, ConversionResult
+    from quant.job import ConversionJob, ConversionResult
 
 HELP = """Quantize the experts of a checkpoint to INT4 or INT8.
 

@@ -9,8 +9,8 @@ import pytest
 from moecli.conversion import quantize_from_hub, quantize_model
 from moecli.errors import MoecliError
 from moecli.hub.client import Caller
-from quant.convert import ConversionResult
 from quant.errors import QuantError
+from quant.job import ConversionResult
 from quant.scheme import QuantScheme
 from tests.commands import Command
 from tests.e2e import tiny
