@@ -7,14 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moecli.errors import MoecliError
 from moecli.hub.client import Caller
 from moecli.hub.selection import COMPANIONS
 from moecli.models.config import ModelSpec
 from moecli.models.facts import ModelFacts, read_facts
-from moecli.models.hf_config import BITSANDBYTES, source_scheme
 from moecli.models.naming import Conversion, Shapes, plan_conversion
-from quant.bnb_source import open_source
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
 from quant.job import (
@@ -26,6 +23,7 @@ from quant.job import (
 )
 from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
+from quant.sources.opening import open_source, unpacked
 from quant.supply import AllThere, Supply
 
 
@@ -39,9 +37,9 @@ def quantize_model(
     """Quantize the checkpoint in `source` to `out`, or take up what was interrupted.
 
     Routed experts take `scheme`; attention, shared experts and an untied head `dense_scheme`, or
-    16 bits with None. The source has 16 bits itself, or was quantized with bitsandbytes. Raises
-    MoecliError and QuantError for anything wrong with the source, and QuantError when `out` exists
-    or cannot be written; what was finished then stays for a next try.
+    16 bits with None. The source has 16 bits itself, or is packed in one of the forms of
+    quant.sources. Raises MoecliError and QuantError for anything wrong with the source, and
+    QuantError when `out` exists or cannot be written; what was finished then stays for a next try.
     """
     return convert(local_job(source, out, scheme, dense_scheme), progress)
 
@@ -50,14 +48,7 @@ def local_job(
     source: Path, out: Path, scheme: QuantScheme, dense_scheme: QuantScheme | None
 ) -> ConversionJob:
     """What quantize_model does."""
-    checkpoint = open_source(source)
-    scheme_there = source_scheme(checkpoint.config)
-    if scheme_there is not None and not scheme_there.startswith(BITSANDBYTES):
-        raise MoecliError(
-            f"`{source}` is quantized already ({scheme_there})",
-            "start from the 16-bit checkpoint, or from one quantized with bitsandbytes",
-        )
-    return _job(checkpoint, out, scheme, dense_scheme, AllThere())
+    return _job(open_source(source), out, scheme, dense_scheme, AllThere())
 
 
 def quantize_from_hub(
@@ -95,13 +86,7 @@ def hub_job(
 
     directory = partial_of(out) / SOURCE_DIRECTORY
     repository = pinned(repo_id, revision, directory, caller)
-    checkpoint = open_remote(repository, directory, caller)
-    scheme_there = source_scheme(checkpoint.config)
-    if scheme_there is not None:
-        raise MoecliError(
-            f"`{repo_id}` is quantized already ({scheme_there})",
-            f"start from the 16-bit model; of bitsandbytes, `moecli pull {repo_id}` first",
-        )
+    checkpoint = unpacked(open_remote(repository, directory, caller))
     names = weights_of(repository, checkpoint.path)
     supply = HubSupply(repository, names, directory, caller, arrived)
     return _job(checkpoint, out, scheme, dense_scheme, supply)

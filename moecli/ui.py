@@ -348,7 +348,14 @@ def show_conversion(result: "ConversionResult", model: str) -> None:
     width = max(len(label) for label, _ in pairs)
     for label, value in pairs:
         say(f"{dim(label.ljust(width), sys.stderr)}  {value}")
+    if result.source_form:
+        show_packed_source(result.source_form)
     say(f"\nnext: {bold(f'moecli chat {model}', sys.stderr)}")
+
+
+def show_packed_source(form: str) -> None:
+    """What to expect of quantizing once more."""
+    show_note(f"the source is {form}: its errors and the new ones add up")
 
 
 # Plans

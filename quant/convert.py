@@ -12,10 +12,8 @@ import fcntl
 import os
 import shutil
 import time
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 
 from quant.checkpoint import read_json
@@ -33,8 +31,9 @@ from quant.job import (
 from quant.journal import Journal, other_job
 from quant.manifest import MANIFEST_FILE, FileRecord, Manifest
 from quant.quantize import SquaredError
+from quant.schedule import Turn, files_of, turns_of
 from quant.shard_writer import ShardWriter, writing
-from quant.shards import OutputPlan, PlacedUnit, reading_order
+from quant.shards import OutputPlan, PlacedUnit
 from quant.small_files import sync_directory, write_small_files
 from quant.unit_writer import UnitWriter
 from quant.workers import Workers
@@ -112,8 +111,9 @@ class _Conversion:
                 journal = Journal(partial / _JOURNAL_FILE, self.key)
             try:
                 self._resume(journal)
-                self._check_space()
-                self._write_units(journal)
+                turns = turns_of(self.job.source, self._missing())
+                self._check_space(turns)
+                self._write_units(turns, journal)
                 self._sync(journal)
                 for number, shard in enumerate(self.plan.shards):
                     with writing(partial / shard.name):
@@ -134,6 +134,7 @@ class _Conversion:
             out=self.job.out,
             out_nbytes=sum(file.stat().st_size for file in self.job.out.iterdir()),
             source_nbytes=self.total_nbytes,
+            source_form=self.job.source.form,
             bpw_experts=self.plan.bpw_experts,
             bpw=self.plan.bpw,
             error_experts=self.sums["experts"].relative_rms,
@@ -159,10 +160,10 @@ class _Conversion:
             sums[kind] += self.errors[placed.shard, placed.number]
         return sums
 
-    def _check_space(self) -> None:
+    def _check_space(self, turns: Sequence[Turn]) -> None:
         """Raise QuantError unless what is still to be written fits the disk."""
         partial = self.job.partial
-        needed = self._left_nbytes() + self.job.supply.room_nbytes()
+        needed = self._left_nbytes() + self.job.supply.room_nbytes(files_of(turns))
         free = shutil.disk_usage(partial).free
         if needed > free:
             raise QuantError(
@@ -173,8 +174,7 @@ class _Conversion:
 
     def _left_nbytes(self) -> int:
         """Bytes of the result that are not written."""
-        done = sum(p.unit.nbytes for p in self.plan.placed if (p.shard, p.number) in self.errors)
-        return self.plan.nbytes - done
+        return sum(placed.unit.nbytes for placed in self._missing())
 
     def _resume(self, journal: Journal) -> None:
         """Take over the units on record that are still there."""
@@ -189,37 +189,25 @@ class _Conversion:
             if digest == record["digest"]:
                 self._account(placed, SquaredError(*record["error"]), resumed=True)
 
-    def _write_units(self, journal: Journal) -> None:
+    def _missing(self) -> list[PlacedUnit]:
+        return [p for p in self.plan.placed if (p.shard, p.number) not in self.errors]
+
+    def _write_units(self, turns: Sequence[Turn], journal: Journal) -> None:
         """Write what is missing, in the order of the source; let go of its files one by one."""
-        order = reading_order(self.job.source, self.plan)
-        missing = [placed for placed in order if (placed.shard, placed.number) not in self.errors]
-        left = Counter(name for name in map(self._file_of, missing) if name is not None)
         supply = self.job.supply
         try:
-            supply.begin(self._later_nbytes(missing))
-            for placed in missing:
-                name = self._file_of(placed)
-                if name is None:
+            supply.begin(files_of(turns))
+            for turn in turns:
+                if turn.file is not None:
+                    supply.take(turn.file.name)
+                for placed in turn.units:
                     self._write(placed, journal)
-                    continue
-                supply.take(name)
-                self._write(placed, journal)
-                left[name] -= 1
-                if not left[name]:
+                if turn.released:
                     self._sync(journal)
+                for name in turn.released:
                     supply.release(name)
         finally:
             supply.close()
-
-    def _later_nbytes(self, missing: Sequence[PlacedUnit]) -> dict[str, int]:
-        """By file of the source, in order: bytes of the result that come of files after it."""
-        nbytes: dict[str, int] = defaultdict(int)
-        for placed in missing:
-            name = self._file_of(placed)
-            if name is not None:
-                nbytes[name] += placed.unit.nbytes
-        total, ends = sum(nbytes.values()), accumulate(nbytes.values())
-        return {name: total - end for name, end in zip(nbytes, ends, strict=True)}
 
     def _write(self, placed: PlacedUnit, journal: Journal) -> None:
         path = self._path(placed)
@@ -259,11 +247,6 @@ class _Conversion:
 
     def _path(self, placed: PlacedUnit) -> Path:
         return self.job.partial / self.plan.shards[placed.shard].name
-
-    def _file_of(self, placed: PlacedUnit) -> str | None:
-        """The file of the source that a unit comes from."""
-        part = placed.unit.source
-        return None if part is None else self.job.source.info(part.name).file.name
 
     def _account(self, placed: PlacedUnit, error: SquaredError, resumed: bool = False) -> None:
         """Count a finished unit and tell about it."""

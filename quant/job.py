@@ -58,6 +58,7 @@ class ConversionResult:
     out: Path
     out_nbytes: int
     source_nbytes: int
+    source_form: str  # how its weights are packed, for people; empty for plain floats
     bpw_experts: float
     bpw: float  # of all weights, those kept in 16 bits included
     error_experts: float

@@ -49,6 +49,11 @@ class RandomCheckpoint:
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
+    form = ""
+
+    def files_of(self, name: str) -> frozenset[str]:
+        return frozenset((self.path.name,))
+
     def info(self, name: str) -> TensorInfo:
         return self.tensors[name]
 
