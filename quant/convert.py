@@ -35,7 +35,7 @@ from quant.schedule import Turn, files_of, turns_of
 from quant.shard_writer import ShardWriter, writing
 from quant.shards import OutputPlan, PlacedUnit
 from quant.small_files import sync_directory, write_small_files
-from quant.unit_writer import UnitWriter
+from quant.unit_writer import UnitWriter, WrittenUnit
 from quant.workers import Workers
 
 _JOURNAL_FILE = "journal"
@@ -200,8 +200,8 @@ class _Conversion:
             for turn in turns:
                 if turn.file is not None:
                     supply.take(turn.file.name)
-                for placed in turn.units:
-                    self._write(placed, journal)
+                for written in self.units.write(turn.units, self._writer):
+                    self._note(written, journal)
                 if turn.released:
                     self._sync(journal)
                 for name in turn.released:
@@ -209,25 +209,23 @@ class _Conversion:
         finally:
             supply.close()
 
-    def _write(self, placed: PlacedUnit, journal: Journal) -> None:
-        path = self._path(placed)
-        with writing(path):
-            writer = self._writer(placed.shard)
-            writer.begin(placed.offset)
-            error = self.units.write(placed.unit, writer)
+    def _note(self, written: WrittenUnit, journal: Journal) -> None:
+        """Put a finished unit on record."""
+        placed = written.placed
+        with writing(journal.path):
             journal.append(
                 {
                     "shard": placed.shard,
                     "unit": placed.number,
-                    "digest": writer.digest,
-                    "error": [error.error, error.total],
+                    "digest": written.digest,
+                    "error": [written.error.error, written.error.total],
                 }
             )
         self.unsynced.add(placed.shard)
         self.unsynced_nbytes += placed.unit.nbytes
         if self.unsynced_nbytes >= _SYNC_NBYTES:
             self._sync(journal)
-        self._account(placed, error)
+        self._account(placed, written.error)
 
     def _sync(self, journal: Journal) -> None:
         """Put finished work beyond the reach of a power failure."""
@@ -242,7 +240,9 @@ class _Conversion:
     def _writer(self, number: int) -> ShardWriter:
         if number not in self.writers:
             shard = self.plan.shards[number]
-            self.writers[number] = ShardWriter(self.job.partial / shard.name, shard.nbytes)
+            path = self.job.partial / shard.name
+            with writing(path):
+                self.writers[number] = ShardWriter(path, shard.nbytes)
         return self.writers[number]
 
     def _path(self, placed: PlacedUnit) -> Path:

@@ -4,8 +4,9 @@ The names come from outside: nothing here knows a model family.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -111,9 +112,13 @@ class SliceReader:
 
     def blocks(self, part: TensorSlice) -> Iterator[Tensor]:
         """The rows of a slice, in order, some at a time."""
+        return (read() for read in self.reads(part))
+
+    def reads(self, part: TensorSlice) -> Iterator[Callable[[], Tensor]]:
+        """The same as functions that read them, which any thread may call."""
         shape = shape_of(self.source, part)
         if not shape:
-            yield self.source.read(part.name)
+            yield partial(self.source.read, part.name)
             return
         start, stop = part.rows or (0, shape[0])
         row_nbytes = self.source.info(part.name).dtype.itemsize
@@ -123,12 +128,11 @@ class SliceReader:
         for first in range(start, stop, step):
             last = min(first + step, stop)
             if part.transpose:
-                # Two copies, each along the grain, are several times faster than one across it.
-                yield self._hold(part.name, part.index)[:, first:last].contiguous().t().contiguous()
+                yield partial(_transposed, self._hold(part.name, part.index), first, last)
             elif part.index is not None:
-                yield self._hold(part.name, part.index)[first:last]
+                yield partial(_rows, self._hold(part.name, part.index), first, last)
             else:
-                yield self.source.read_rows(part.name, first, last)
+                yield partial(self.source.read_rows, part.name, first, last)
 
     def release(self) -> None:
         self._held = self._tensor = None
@@ -140,3 +144,12 @@ class SliceReader:
             read = self.source.read(name) if index is None else self.source.read_slice(name, index)
             self._held, self._tensor = (name, index), read
         return self._tensor
+
+
+def _rows(matrix: Tensor, first: int, last: int) -> Tensor:
+    return matrix[first:last]
+
+
+def _transposed(matrix: Tensor, first: int, last: int) -> Tensor:
+    """Rows of the transposed: two copies along the grain are faster than one across it."""
+    return matrix[:, first:last].contiguous().t().contiguous()
