@@ -35,12 +35,11 @@ from quant.schedule import Turn, files_of, turns_of
 from quant.shard_writer import ShardWriter, writing
 from quant.shards import OutputPlan, PlacedUnit
 from quant.small_files import sync_directory, write_small_files
+from quant.syncing import Syncing
 from quant.unit_writer import UnitWriter, WrittenUnit
 from quant.workers import Workers
 
 _JOURNAL_FILE = "journal"
-# At most this much finished work is written again after a power failure; a kill loses none.
-_SYNC_NBYTES = 256 << 20
 
 
 def convert(job: ConversionJob, progress: ProgressCallback | None = None) -> ConversionResult:
@@ -84,8 +83,6 @@ class _Conversion:
     workers: Workers
     units: UnitWriter = field(init=False)
     writers: dict[int, ShardWriter] = field(default_factory=dict)  # by number of file
-    unsynced: set[int] = field(default_factory=set)
-    unsynced_nbytes: int = 0
     errors: dict[tuple[int, int], SquaredError] = field(default_factory=dict)  # of finished units
     digests: dict[str, str] = field(default_factory=dict)  # by file name
     running: SquaredError = field(default_factory=SquaredError)  # of experts
@@ -113,11 +110,11 @@ class _Conversion:
                 self._resume(journal)
                 turns = turns_of(self.job.source, self._missing())
                 self._check_space(turns)
-                self._write_units(turns, journal)
-                self._sync(journal)
-                for number, shard in enumerate(self.plan.shards):
-                    with writing(partial / shard.name):
-                        self.digests[shard.name] = self._writer(number).digest_of(0, shard.nbytes)
+                with Syncing(journal) as syncing:
+                    self._write_units(turns, journal, syncing)
+                    syncing.begin()
+                    self._take_digests()
+                    syncing.wait()
             finally:
                 journal.close()
                 for writer in self.writers.values():
@@ -189,10 +186,16 @@ class _Conversion:
             if digest == record["digest"]:
                 self._account(placed, SquaredError(*record["error"]), resumed=True)
 
+    def _take_digests(self) -> None:
+        """SHA-256 of whole files, which are written in another order than that of their bytes."""
+        for number, shard in enumerate(self.plan.shards):
+            with writing(self.job.partial / shard.name):
+                self.digests[shard.name] = self._writer(number).digest_of(0, shard.nbytes)
+
     def _missing(self) -> list[PlacedUnit]:
         return [p for p in self.plan.placed if (p.shard, p.number) not in self.errors]
 
-    def _write_units(self, turns: Sequence[Turn], journal: Journal) -> None:
+    def _write_units(self, turns: Sequence[Turn], journal: Journal, syncing: Syncing) -> None:
         """Write what is missing, in the order of the source; let go of its files one by one."""
         supply = self.job.supply
         try:
@@ -202,8 +205,10 @@ class _Conversion:
                     supply.take(turn.file.name)
                 for written in self.units.write(turn.units, self._writer):
                     self._note(written, journal)
-                if turn.released:
-                    self._sync(journal)
+                    syncing.add(self._writer(written.placed.shard), written.placed.unit.nbytes)
+                if turn.released and supply.takes_away:
+                    syncing.begin()
+                    syncing.wait()
                 for name in turn.released:
                     supply.release(name)
         finally:
@@ -221,21 +226,7 @@ class _Conversion:
                     "error": [written.error.error, written.error.total],
                 }
             )
-        self.unsynced.add(placed.shard)
-        self.unsynced_nbytes += placed.unit.nbytes
-        if self.unsynced_nbytes >= _SYNC_NBYTES:
-            self._sync(journal)
         self._account(placed, written.error)
-
-    def _sync(self, journal: Journal) -> None:
-        """Put finished work beyond the reach of a power failure."""
-        for number in sorted(self.unsynced):
-            with writing(self.job.partial / self.plan.shards[number].name):
-                self.writers[number].sync()
-        with writing(journal.path):
-            journal.sync()
-        self.unsynced.clear()
-        self.unsynced_nbytes = 0
 
     def _writer(self, number: int) -> ShardWriter:
         if number not in self.writers:

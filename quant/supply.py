@@ -21,6 +21,8 @@ class FileTurn:
 class Supply(Protocol):
     """Brings the files of a source when they are needed, and takes them away again."""
 
+    takes_away: bool  # whether `release` does: then what came of a file must be on disk before
+
     def room_nbytes(self, turns: Sequence[FileTurn]) -> int:
         """What files of the source will take of the disk at most, beyond what they take now."""
 
@@ -37,7 +39,7 @@ class Supply(Protocol):
         """Return when the file is there."""
 
     def release(self, name: str) -> None:
-        """What came of the file is on disk; it is not needed again."""
+        """The file is not needed again."""
 
     def close(self) -> None:
         """No more is needed, for now at least."""
@@ -45,6 +47,8 @@ class Supply(Protocol):
 
 class AllThere:
     """The supply of a source whose files lie on this disk and stay there."""
+
+    takes_away = False
 
     def room_nbytes(self, turns: Sequence[FileTurn]) -> int:
         return 0

@@ -146,6 +146,8 @@ class HubSupply:
     parts of a weight lie in several.
     """
 
+    takes_away = True
+
     def __init__(
         self,
         repository: Repository,
