@@ -9,6 +9,7 @@ that the resident size of a process is that of the tensors it holds.
 import ctypes
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ LENGTH_NBYTES = 8
 _MAX_HEADER_NBYTES = 100_000_000
 _MAX_ELEMENTS = 2**63 - 1
 DATA_ALIGNMENT = 4096
+_LARGE_NBYTES = 4 << 20  # smaller ones are read often: new pages would cost more than reading
 _DAMAGED = "the file is damaged or still being written; download it again"
 
 
@@ -97,7 +99,7 @@ class SafetensorsFile:
         rows, columns = entry.shape
         assert 0 <= start <= stop <= columns, f"`{name}` has no columns {start}:{stop}"
         row_nbytes, begin = columns * entry.dtype.itemsize, start * entry.dtype.itemsize
-        tensor = torch.empty((rows, stop - start), dtype=entry.dtype)
+        tensor = _fresh((rows, stop - start), entry.dtype)
         offsets = range(entry.offset + begin, entry.offset + begin + rows * row_nbytes, row_nbytes)
         self._fill(name, tensor, offsets)
         return tensor
@@ -118,7 +120,7 @@ class SafetensorsFile:
     def _read_bytes(
         self, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = _fresh(shape, dtype)
         self._fill(name, tensor, (offset,))
         return tensor
 
@@ -141,6 +143,18 @@ class SafetensorsFile:
             ) from error
         if not complete:
             raise QuantError(f"`{self.path}` ends inside `{name}`", _DAMAGED)
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor. A large one has pages of its own, which go back to the system with it:
+    an allocator would keep them between the small things that were asked for meanwhile.
+    """
+    nbytes = dtype.itemsize * math.prod(shape)
+    if nbytes <= _LARGE_NBYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(
+        mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype
+    ).view(shape)
 
 
 def memory_of(tensor: Tensor) -> memoryview:
