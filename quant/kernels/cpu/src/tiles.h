@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "rows.h"
 #include "types.h"
 
 namespace {
@@ -24,10 +25,8 @@ inline int64_t block_nbytes(int64_t in, int n) { return in / kGroup * (kGroup + 
 
 inline void plain_quantize(const float* x, int64_t begin, int64_t count, int bits, uint8_t* out,
                            int64_t in) {
-  for (int64_t i = 0; i < count; i += kGroup) {
+  each_group(x, count, [&](int64_t i, const int8_t (&codes)[kGroup], float scale) {
     const int64_t span = (begin + i) / kGroup;
-    int8_t codes[kGroup];
-    const float scale = quantize_group(x + i, codes);
     int32_t sum = 0;
     for (int j = 0; j < kGroup; ++j) sum += codes[j];
     const int32_t offset =
@@ -40,7 +39,7 @@ inline void plain_quantize(const float* x, int64_t begin, int64_t count, int bit
     }
     std::memcpy(out + in + span * 8, &scale, 4);
     std::memcpy(out + in + span * 8 + 4, &offset, 4);
-  }
+  });
 }
 
 inline void block_insert(const uint8_t* plain, int64_t in, int64_t begin, int64_t count,
@@ -59,7 +58,7 @@ inline void block_insert(const uint8_t* plain, int64_t in, int64_t begin, int64_
 
 // Elements of a row that are summed before the next rows or tokens come: of so many, the codes of
 // some tiles stay in the nearest cache. A sum that goes on is the same sum.
-constexpr int64_t kPart = 1024;
+constexpr int64_t kPart = 2048;
 
 inline int64_t part_size(int64_t in, int64_t begin) {
   return in - begin < kPart ? in - begin : kPart;
@@ -74,26 +73,45 @@ inline int64_t tiles_scratch(int64_t in, int bits) {
   return kTiles * tile_nbytes(part_size(in, 0), bits);
 }
 
-// What is fetched from main memory while products are computed, which leave it idle: lines of rows.
-struct Fetch {
+// Bytes of rows that stand apart; none where `at` is null.
+struct Run {
   const uint8_t* at;
   int64_t stride;  // from row to row
   int64_t width;   // bytes of a row
-  int64_t left;    // lines
-  int64_t step;    // lines for each 32 elements of a tile and a block
-  int64_t column = 0;
+  int64_t rows;
 
-  Fetch(const uint8_t* from, int64_t row_stride, int64_t row_nbytes, int64_t rows, int64_t steps)
-      : at(from), stride(row_stride), width(row_nbytes),
-        left(from ? rows * ((row_nbytes + 63) / 64) : 0), step((left + steps - 1) / steps) {}
+  int64_t lines() const { return at ? rows * ((width + 63) / 64) : 0; }
+};
+
+// What is fetched from main memory while products are computed, which leave it idle: codes, scales.
+class Fetch {
+ public:
+  // steps: how often `go_on` will be called
+  Fetch(const Run& codes, const Run& scales, int64_t steps)
+      : run_(codes), then_(scales), left_(codes.lines()),
+        each_((codes.lines() + scales.lines() + steps - 1) / steps) {
+    if (!left_) begin_scales();
+  }
 
   inline __attribute__((always_inline)) void go_on() {
-    for (int64_t i = 0; i < step && left; ++i, --left) {
-      __builtin_prefetch(at + column, 0, 2);
-      column += 64;
-      if (column >= width) column = 0, at += stride;
+    for (int64_t i = 0; i < each_ && left_; ++i) {
+      __builtin_prefetch(run_.at + column_, 0, 2);
+      column_ += 64;
+      if (column_ >= run_.width) column_ = 0, run_.at += run_.stride;
+      if (!--left_) begin_scales();
     }
   }
+
+ private:
+  void begin_scales() {
+    run_ = then_;
+    left_ = then_.lines();
+    then_.at = nullptr;
+    column_ = 0;
+  }
+
+  Run run_, then_;
+  int64_t left_, each_, column_ = 0;
 };
 
 // out[i * L + r] = 4 bytes i of row r; zeros where there are fewer than L rows.
@@ -280,20 +298,19 @@ void tiles_part(const uint8_t* scratch, int64_t in, int64_t begin, int64_t rows,
 }
 
 // What is turned after a part of some rows: that of more rows, the next part of the first ones, or
-// the first part of the next product.
+// the first part of the next product, of which only the codes are known.
 inline Fetch turned_next(const Matrix& m, int64_t row0, int64_t rows, int64_t row, int64_t begin,
                          const uint8_t* next, int64_t steps) {
   constexpr int64_t kRows = kTiles * Vec::L;
-  const auto fetch = [&](const uint8_t* from, int64_t part, int64_t left) {
-    const int64_t width = part_size(m.in, part) * m.bits / 8;
-    return Fetch(from, m.packed_stride, width, left < kRows ? left : kRows, steps);
-  };
-  const auto codes = [&](int64_t which, int64_t part) {
-    return m.packed + (row0 + which) * m.packed_stride + part * m.bits / 8;
-  };
-  if (row + kRows < rows) return fetch(codes(row + kRows, begin), begin, rows - row - kRows);
-  if (begin + kPart < m.in) return fetch(codes(0, begin + kPart), begin + kPart, rows);
-  return fetch(next, 0, rows);
+  row += kRows;
+  if (row >= rows) row = 0, begin += kPart;
+  const bool ends = begin >= m.in;
+  if (ends) begin = 0;
+  const int64_t size = part_size(m.in, begin), count = rows - row < kRows ? rows - row : kRows;
+  const uint8_t* codes = m.packed + (row0 + row) * m.packed_stride + begin * m.bits / 8;
+  const uint8_t* scales = m.scale + (row0 + row) * m.scale_stride + begin / m.group * 2;
+  return Fetch({ends ? next : codes, m.packed_stride, size * m.bits / 8, count},
+               {ends ? nullptr : scales, m.scale_stride, size / m.group * 2, count}, steps);
 }
 
 // Part by part of the rows, so that what tokens have of a part serves all rows.
@@ -313,7 +330,9 @@ void tiles_of(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int
         turn_tile(piece, row0 + row + r, some - r < Vec::L ? some - r : Vec::L,
                   scratch + r / Vec::L * stride);
       }
-      const int64_t steps = (some + Vec::L - 1) / Vec::L * Blocks(n, Vec::kBlock).count;
+      constexpr int64_t kWideRows = Vec::kWide * Vec::L;
+      const int64_t rest = (some % kWideRows + Vec::L - 1) / Vec::L;
+      const int64_t steps = (some / kWideRows + rest) * Blocks(n, Vec::kBlock).count;
       Fetch fetch = turned_next(m, row0, rows, row, begin, next, steps * (piece.in / kGroup));
       tiles_part<bits, spans>(scratch, m.in, begin, some, x, n, fetch, out + row, ld);
     }
