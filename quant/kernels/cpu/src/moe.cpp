@@ -201,13 +201,8 @@ void Layer::inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t
   float* up = gate + values;
   const uint8_t* x = memory + e.input;
   const Matrix gates = matrix(e.blob, 0), ups = matrix(e.blob, 1);
-  for (int64_t r = 0; r < rows; r += k.tiles_rows) {
-    const int64_t some = std::min<int64_t>(k.tiles_rows, rows - r);
-    k.tiles_matmul(gates, row + r, some, x, e.count, gate + r, rows, scratch,
-                   codes(e, 1, row + r));
-    k.tiles_matmul(ups, row + r, some, x, e.count, up + r, rows, scratch,
-                   r + some < rows ? codes(e, 0, row + r + some) : next);
-  }
+  k.tiles_matmul(gates, row, rows, x, e.count, gate, rows, scratch, codes(e, 1, row));
+  k.tiles_matmul(ups, row, rows, x, e.count, up, rows, scratch, next);
   k.activate(c.activation, gate, up, gate, values);
   const Blocks blocks(e.count, k.block);
   uint8_t* to = memory + e.inner;
@@ -247,11 +242,7 @@ void Layer::outer(int64_t item) const {
       for (int i = 0; i < e.count; ++i) x[i] = memory + e.inner + i * inner_stride;
       k.rows_matmul(down, row, rows, x, e.count, y, rows, next);
     } else {
-      for (int64_t r = 0; r < rows; r += k.tiles_rows) {
-        const int64_t some = std::min<int64_t>(k.tiles_rows, rows - r);
-        k.tiles_matmul(down, row + r, some, memory + e.inner, e.count, y + r, rows, scratch,
-                       r + some < rows ? codes(e, 2, row + r + some) : next);
-      }
+      k.tiles_matmul(down, row, rows, memory + e.inner, e.count, y, rows, scratch, next);
     }
     add(e, row, rows, y, sums);
   }
