@@ -1,6 +1,6 @@
 """Rounds weights to llama.cpp's types with llama.cpp's own code, when it is told to.
 
-    PEER_PYTHON -m benchmarks.llama.peer_rounding
+PEER_PYTHON -m benchmarks.llama.peer_rounding
 """
 
 import ctypes
