@@ -224,9 +224,10 @@ inline __attribute__((always_inline)) void tile_micro(const TilePart& part, cons
   }
 }
 
-// W tiles; `add`: to what `out` holds.
+// W tiles; `add`: to what `out` holds. Never inlined: among other loops, some compilers keep sums in
+// memory instead of registers, which takes twice as long.
 template <int bits, int spans, int W, int N>
-void tile_block(const TilePart& part, const uint8_t* x, bool add, Fetch& fetch, float* out,
+__attribute__((noinline)) void tile_block(const TilePart& part, const uint8_t* x, bool add, Fetch& fetch, float* out,
                 int64_t ld) {
   Vec::F acc[W][N];
   for (int i = 0; i < W; ++i) {
