@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -181,6 +180,7 @@ def summarize(report: dict[str, Any]) -> dict[str, float]:
         "ours": rate(source, "ours_s"),
         "ours_a_core_second": rate(source, "ours_cpu_s"),
         "theirs": rate(gguf, "theirs_s"),
+        "theirs_a_core_second": rate(gguf, "theirs_cpu_s"),
         "ratio": statistics.median((source / r["ours_s"]) / (gguf / r["theirs_s"]) for r in rounds),
         "least_ratio": min((source / r["ours_s"]) / (gguf / r["theirs_s"]) for r in rounds),
         "copy": rate(source, "read_s", "write_s"),
@@ -194,17 +194,18 @@ def summarize(report: dict[str, Any]) -> dict[str, float]:
 def table(report: dict[str, Any]) -> str:
     found = report["summary"]
     rows = [
-        ("moecli, INT4 searched, checksums and fsync", found["ours"]),
-        ("llama.cpp, Q4_0", found["theirs"]),
-        ("copy of the same bytes, one thread", found["copy"]),
-        ("the same with fsync", found["copy_fsync"]),
+        ("moecli, INT4 searched, checksums and fsync", found["ours"], found["ours_a_core_second"]),
+        ("llama.cpp, Q4_0", found["theirs"], found["theirs_a_core_second"]),
+        ("copy of the same bytes, one thread", found["copy"], None),
+        ("the same with fsync", found["copy_fsync"], None),
     ]
-    lines = ["| | MB of bf16 source a second |", "|---|---|"]
-    lines += [f"| {name} | {rate:.0f} |" for name, rate in rows]
-    return "\n".join(
-        [*lines, "", f"moecli / llama.cpp: {found['ratio']:.2f} (least {found['least_ratio']:.2f})"]
-    )
+    lines = ["| | MB of bf16 a second | MB a second of processor time |", "|---|---|---|"]
+    for name, rate, busy in rows:
+        lines.append(f"| {name} | {rate:.0f} | {'' if busy is None else f'{busy:.0f}'} |")
+    ratio = f"moecli / llama.cpp: {found['ratio']:.2f} (least {found['least_ratio']:.2f})"
+    others = f"cores that others kept busy: at most {found['foreign_cores']:.2f}"
+    return "\n".join([*lines, "", ratio, others])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -180,3 +180,35 @@ def test_descriptions_of_weights_are_asked_for_alone(hub: StandInHub, tmp_path: 
     states = sum(".quant_state." in name for name in Checkpoint.open(path).tensors)
     assert states == 4 * 4 + 4 * 4 * 3
     assert len(spans) < _FILES * (64 // _FILES + 3) + states
+
+
+def test_a_file_is_let_go_when_what_came_of_it_is_on_disk(
+    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure nothing may be missing that cannot be downloaded and made again."""
+    from moecli.hub.streaming import HubSupply
+    from quant.shard_writer import ShardWriter
+
+    config, tensors, _ = packed_model("awq")
+    tiny.write_checkpoint(tmp_path / "packed", config, tensors, shards=3)
+    hub.repos[REPO] = Repo(tmp_path / "packed")
+    seen: list[str] = []
+
+    def watch(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        def watched(self: Any, *given: Any) -> Any:
+            seen.append(name)
+            return method(self, *given)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(ShardWriter, "write")
+    watch(ShardWriter, "sync")
+    watch(HubSupply, "release")
+    quantize_from_hub(REPO, None, tmp_path / "out", INT4, INT8, Caller(print))
+    assert seen.count("release") == 3
+    for place, event in enumerate(seen):
+        if event == "release":
+            before = [other for other in seen[:place] if other != "release"]
+            assert before[-1] == "sync", "bytes were written that no sync has followed"

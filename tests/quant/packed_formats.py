@@ -52,12 +52,12 @@ def gptq(bits: int, act_order: bool, version: str = "gptq", group: int = 32) -> 
         out_features, in_features = shape
         groups, top = in_features // group, 1 << bits
         codes = _random((out_features, in_features), 0, top, seed)
-        zeros = _random((groups, out_features), 1, top, seed + 1)
+        zeros = _random((groups, out_features), 0, top, seed + 1)
         scales = _scales((groups, out_features), torch.float16, seed)
         order = torch.arange(in_features) // group
         if act_order:
             order = order[torch.randperm(in_features, generator=torch.Generator().manual_seed(7))]
-        stored = zeros - 1 if version == "gptq" else zeros
+        stored = (zeros - 1) % top if version == "gptq" else zeros
         tensors = {
             f"{module}.qweight": _words(codes, bits).t().contiguous(),
             f"{module}.qzeros": _words(stored, bits),
