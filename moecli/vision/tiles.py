@@ -79,7 +79,8 @@ def _limit(pixels: int, canvas: Tensor, settings: TileSettings) -> Tensor | int:
     A tensor where the canvas is the limit, as in the library: then quotients have single precision,
     which decides how some are rounded.
     """
-    return canvas if settings.largest_canvas else min(max(pixels, settings.size), canvas)
+    wanted = max(pixels, settings.size)
+    return canvas if settings.largest_canvas or int(canvas) < wanted else wanted
 
 
 def cut(picture: Tensor, settings: TileSettings) -> tuple[Grid, Tensor]:

@@ -65,7 +65,11 @@ def sizes() -> list[tuple[int, int]]:
     draw = random.Random(0)
     found = [(n, n) for n in (1, 2, 335, 336, 337, 671, 672, 673, 1343, 1344, 1345, 4000)]
     found += [(336 * a + d, 336 * b) for a in (1, 2, 5) for b in (1, 3, 4) for d in (-1, 0, 1)]
-    while len(found) < 400:
+    # Where a quotient times a side is a whole number, its precision decides how it is rounded.
+    found += [(n, n) for n in range(3, 336, 9)]
+    found += [(n, m * n) for m in (2, 3, 7) for n in range(5, 700, 97)]
+    found += [(m * n, n) for m in (2, 3, 7) for n in range(11, 700, 97)]
+    while len(found) < 500:
         height, width = (int(2 ** draw.uniform(0, 12)) for _ in range(2))
         if height * width < 4_000_000:
             found.append((height, width))
@@ -100,7 +104,7 @@ def main() -> None:
         },
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "grids": [grid(*size, {}) for size in sizes()],
-        "grids_of_the_largest_canvas": [grid(*size, largest) for size in sizes()[:150]],
+        "grids_of_the_largest_canvas": [grid(*size, largest) for size in sizes()[:200]],
         "whole": whole,
         "hashed": hashed,
     }

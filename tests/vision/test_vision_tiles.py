@@ -36,7 +36,7 @@ def settings_of(theirs: dict) -> TileSettings:
     ],
 )
 def test_every_size_gets_the_library_s_grid_and_size(known: str, settings: TileSettings) -> None:
-    assert len(KNOWN[known]) >= 150
+    assert len(KNOWN[known]) >= 200
     for height, width, rows, columns, *fitted in KNOWN[known]:
         grid = best_grid(height, width, settings)
         assert grid == (rows, columns), (height, width)
