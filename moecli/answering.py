@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moecli import ui
-from moecli.events import Event, Finished, PrefillProgress, TextDelta
+from moecli.events import Event, Finished, Looking, PrefillProgress, TextDelta
 from moecli.terminal import Interrupt, write_text
 
 
@@ -18,10 +18,18 @@ def stream_answer(
     """
     finished: Finished | None = None
     last = ""
-    with Interrupt() as interrupt, ui.counting_line("reading the prompt", "tokens") as status:
+    with (
+        Interrupt() as interrupt,
+        ui.counting_line("reading the prompt", "tokens") as status,
+        ui.counting_line("looking at pictures", "seen") as looking,
+    ):
         for event in generate(interrupt):
             match event:
+                case Looking(number, total):
+                    status.stop()
+                    looking.update(number - 1, total)
                 case PrefillProgress():
+                    looking.stop()
                     status.update(event.done, event.total)
                 case TextDelta(text):
                     write(text)

@@ -2,16 +2,20 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moecli.errors import MoecliError
 
+if TYPE_CHECKING:
+    from moecli.vision.picture import Picture
+
 FORMAT = "moecli-chat"
-VERSION = 1
+VERSIONS = (1, 2)  # 2 where pictures were shown
 _MAX_NBYTES = 64 << 20
 
-Message = dict[str, str]
+Message = dict[str, Any]  # `role`, `content`, and of some `images`: the pictures shown with it
 
 
 class Conversation:
@@ -28,6 +32,11 @@ class Conversation:
         return [*first, *self.turns]
 
     @property
+    def pictures(self) -> "list[Picture]":
+        """All that were shown, in order."""
+        return [picture for turn in self.turns for picture in turn.get("images", ())]
+
+    @property
     def num_answers(self) -> int:
         return sum(turn["role"] == "assistant" for turn in self.turns)
 
@@ -36,9 +45,10 @@ class Conversation:
         """Whether the last question has no answer yet."""
         return bool(self.turns) and self.turns[-1]["role"] == "user"
 
-    def ask(self, text: str) -> None:
+    def ask(self, text: str, pictures: "Sequence[Picture]" = ()) -> None:
         assert not self._is_open, "it is not the user's turn"
-        self.turns.append({"role": "user", "content": text})
+        shown = {"images": list(pictures)} if pictures else {}
+        self.turns.append({"role": "user", "content": text, **shown})
 
     def answer(self, text: str) -> None:
         assert self._is_open, "nothing was asked"
@@ -61,23 +71,23 @@ class Conversation:
         self.turns.clear()
 
     def save(self, path: Path, model: str) -> None:
-        """Write a file that `load` reads; whole or not at all.
+        """Write a file that `load` reads; whole or not at all. Of pictures it names the files.
 
         Raises MoecliError rather than overwrite a file that is no saved chat.
         """
         if path.exists():
             try:
-                Conversation.load(path)
+                _parse(path)
             except MoecliError as error:
                 raise MoecliError(
                     f"`{path}` exists and is not a saved chat", "give another name"
                 ) from error
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": 2 if self.pictures else 1,
             "model": model,
             "system": self.system,
-            "turns": self.turns,
+            "turns": [_to_save(turn) for turn in self.turns],
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -92,32 +102,78 @@ class Conversation:
             raise MoecliError(f"cannot write `{path}`: {error.strerror}") from error
 
     @classmethod
-    def load(cls, path: Path) -> "Conversation":
-        """Read what `save` wrote. Raises MoecliError for any other file."""
-        content = _read(path)
-        version = content.get("version")
-        if content.get("format") != FORMAT:
-            raise _not_a_chat(path)
-        if version != VERSION:
-            raise MoecliError(
-                f"`{path}` has version {version!r} of the format; this moecli reads {VERSION}"
-            )
-        conversation = cls(content.get("system"))
-        turns = content.get("turns")
-        if not _is_text(conversation.system or "") or not isinstance(turns, list):
-            raise _not_a_chat(path)
-        for index, turn in enumerate(turns):
-            role = ("user", "assistant")[index % 2]
-            if not _is_message(turn) or turn["role"] != role:
-                raise _not_a_chat(path)
-            conversation.turns.append({"role": role, "content": turn["content"]})
-        if len(turns) % 2:
-            raise _not_a_chat(path)
+    def load(cls, path: Path, look: "Callable[[Path], Picture]") -> "Conversation":
+        """Read what `save` wrote; `look` reads the pictures that were shown.
+
+        Raises MoecliError for any other file, and for a picture that has changed since.
+        """
+        content = _parse(path)
+        conversation = cls(content["system"])
+        for turn in content["turns"]:
+            shown = [_look_again(image, look) for image in turn.get("images", ())]
+            images = {"images": shown} if shown else {}
+            conversation.turns.append({"role": turn["role"], "content": turn["content"], **images})
         return conversation
 
 
+def _to_save(turn: Message) -> Message:
+    if "images" not in turn:
+        return turn
+    files = [{"path": str(picture.path), "sha256": picture.digest} for picture in turn["images"]]
+    return {**turn, "images": files}
+
+
+def _look_again(image: dict[str, str], look: "Callable[[Path], Picture]") -> "Picture":
+    picture = look(Path(image["path"]))
+    if picture.digest != image["sha256"]:
+        raise MoecliError(
+            f"`{picture.path}` is not the picture that it was when the chat was saved",
+            "put the old file back: what was said is about that one",
+        )
+    return picture
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """What `save` wrote, pictures as names of files; raises MoecliError for any other file."""
+    content = _read(path)
+    version = content.get("version")
+    if content.get("format") != FORMAT:
+        raise _not_a_chat(path)
+    if version not in VERSIONS:
+        known = " and ".join(str(one) for one in VERSIONS)
+        raise MoecliError(
+            f"`{path}` has version {version!r} of the format; this moecli reads {known}"
+        )
+    turns = content.setdefault("turns", None)
+    if not _is_text(content.setdefault("system", None) or "") or not isinstance(turns, list):
+        raise _not_a_chat(path)
+    for index, turn in enumerate(turns):
+        if not _is_message(turn) or turn["role"] != ("user", "assistant")[index % 2]:
+            raise _not_a_chat(path)
+    if len(turns) % 2:
+        raise _not_a_chat(path)
+    return content
+
+
 def _is_message(turn: Any) -> bool:
-    return isinstance(turn, dict) and set(turn) == {"role", "content"} and _is_text(turn["content"])
+    if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+        return False
+    images = turn.get("images", [])
+    wanted = {"role", "content", *({"images"} if turn["role"] == "user" else ())}
+    return (
+        set(turn) <= wanted
+        and _is_text(turn["content"])
+        and isinstance(images, list)
+        and all(_is_image(image) for image in images)
+    )
+
+
+def _is_image(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"path", "sha256"}
+        and all(_is_text(part) for part in value.values())
+    )
 
 
 def _is_text(value: Any) -> bool:

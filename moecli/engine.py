@@ -18,6 +18,7 @@ from moecli.footprint import expert_layout
 from moecli.generation import Runtime, forward_together, generate
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
+from moecli.models.decoder import Decoder
 from moecli.models.facts import ModelFacts, read_facts
 from moecli.models.naming import dense_loader
 from moecli.models.outline import Counted
@@ -34,8 +35,13 @@ from moecli.opening_device import (
 from moecli.parts import Parts
 from moecli.planning import plan_model
 from moecli.processor import KV_DTYPE, OwnModel, ProcessorModel, ProcessorParts
+from moecli.prompt import Prompt, place
 from moecli.session import Session
 from moecli.tokenizer import Tokenizer
+from moecli.vision.eye import Eye
+from moecli.vision.picture import Picture
+from moecli.vision.tokens import IMAGE, spread
+from moecli.vision.tower import Tower
 from offload.disk import DiskTier, ExpertSpan
 from offload.hardware import Machine, detect
 from offload.plan import MemoryPlan
@@ -44,7 +50,7 @@ from offload.trace import Trace
 from quant.checkpoint import QuantizedCheckpoint, read_json
 
 DEFAULT_CTX = 8192
-Message = dict[str, str]
+Message = dict[str, Any]  # `role`, `content`, and of some `images`: Pictures
 Notify = Callable[[str], None]
 
 
@@ -112,6 +118,7 @@ class Engine:
                 self._favourites,
                 progress,
             )
+        self.eye = _eye(checkpoint, self.spec, self.decoder)
         self._runtime = Runtime(
             self.decoder,
             self.tokenizer,
@@ -121,6 +128,7 @@ class Engine:
             self._parts.begin_step,
             self.ctx,
             config.prefill_chunk,
+            self.eye,
         )
 
     @property
@@ -162,8 +170,14 @@ class Engine:
         """An empty conversation. On a graphics card there is one KV cache: the last session's."""
         return self._parts.new_session()
 
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of a raw prompt, with what the model wants before a text."""
+    def encode_text(self, text: str, pictures: Sequence[Picture] = ()) -> list[int]:
+        """Token ids of a raw prompt, with what the model wants before a text.
+
+        Pictures stand where the text names IMAGE, or before it where it names none.
+        """
+        if pictures:
+            named = text if IMAGE in text else IMAGE * len(pictures) + text
+            text = spread(named, [picture.text for picture in pictures])
         return self.tokenizer.encode(text, special=True)
 
     def encode_chat(self, messages: list[Message], session: Session | None = None) -> list[int]:
@@ -172,7 +186,10 @@ class Engine:
         What `session` holds is kept token by token where the text is the same: an answer would
         often be divided into other tokens when encoded anew, and then computed anew.
         """
-        text = self.tokenizer.render(messages, add_generation_prompt=True)
+        pictures = [picture for message in messages for picture in message.get("images", ())]
+        text = self.tokenizer.render(map(_in_parts, messages), add_generation_prompt=True)
+        if pictures:
+            text = spread(text, [picture.text for picture in pictures])
         if session is not None and session.tokens:
             held = self.tokenizer.decode(session.tokens, skip_special=False)
             if text.startswith(held):
@@ -185,10 +202,12 @@ class Engine:
         token_ids: list[int],
         sampling: SamplingConfig,
         cancelled: Callable[[], bool] = lambda: False,
+        pictures: Sequence[Picture] = (),
     ) -> Iterator[Event]:
         """Events of one answer to the whole context `token_ids`; the last one is Finished.
 
-        Raises MoecliError for an empty context and for one that leaves no room for an answer.
+        `pictures`: all whose patches are among the tokens, in their order. Raises MoecliError for
+        an empty context and for one that leaves no room for an answer.
         """
         if not token_ids:
             raise MoecliError("the prompt is empty", "say something after the model's name")
@@ -197,17 +216,21 @@ class Engine:
                 f"the prompt has {len(token_ids)} tokens; the context holds {self.ctx}",
                 f"shorten it, or give a longer `--ctx`, {self.spec.max_context} at most",
             )
-        return self._generate(session, token_ids, sampling, cancelled)
+        prompt = Prompt(token_ids)
+        if pictures:
+            assert self.eye is not None, "a picture for a model that sees none"
+            prompt = place(token_ids, pictures, self.eye.patch_token_id)
+        return self._generate(session, prompt, sampling, cancelled)
 
     def _generate(
         self,
         session: Session,
-        token_ids: list[int],
+        prompt: Prompt,
         sampling: SamplingConfig,
         cancelled: Callable[[], bool],
     ) -> Iterator[Event]:
         with self._parts.running():
-            yield from generate(self._runtime, session, token_ids, sampling, cancelled)
+            yield from generate(self._runtime, session, prompt, sampling, cancelled)
 
     def step(self, sessions: Sequence[Session], token_ids: Sequence[list[int]]) -> Tensor:
         """Logits fp32 [S, V] after the next tokens of several sessions, in one forward pass.
@@ -285,6 +308,33 @@ def _disk(checkpoint: QuantizedCheckpoint, spec: ModelFacts, plan: MemoryPlan) -
         for expert in range(spec.num_experts)
     }
     return DiskTier(spans, drop_cache=plan.drop_cache)
+
+
+def _in_parts(message: Message) -> Message:
+    """A message as chat templates take it: its pictures come first."""
+    if not message.get("images"):
+        return message
+    parts = [*({"type": "image"} for _ in message["images"])]
+    return {
+        "role": message["role"],
+        "content": [*parts, {"type": "text", "text": message["content"]}],
+    }
+
+
+def _eye(checkpoint: QuantizedCheckpoint, spec: ModelFacts, decoder: TextDecoder) -> Eye | None:
+    """What looks at pictures, where the model sees them; it reads nothing before the first."""
+    if not isinstance(spec, ModelSpec) or spec.vision is None:
+        return None
+    assert isinstance(decoder, Decoder), "a spec of our own, and the library's decoder"
+    names, read = checkpoint.checkpoint.tensors, checkpoint.checkpoint.read
+    return Eye(
+        spec,
+        decoder,
+        lambda before_part: Tower(
+            *(checkpoint.config["vision_config"], spec.hidden_size, names, read),
+            *(decoder.device, decoder.dtype, before_part),
+        ),
+    )
 
 
 def _read_generation_config(path: Path) -> dict[str, Any]:

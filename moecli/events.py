@@ -15,6 +15,14 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True)
+class Looking:
+    """The picture `number` of `total` in the prompt is being looked at; that takes a while."""
+
+    number: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TextDelta:
     """Whole characters that became certain with the newest token; never empty."""
 
@@ -42,6 +50,8 @@ class GenerationStats:
     experts_sliced: int = 0  # requests of which a part is always in VRAM: no hits, no misses
     link_nbytes: int = 0  # of experts that went over the link, prompt included
     peak_vram_nbytes: int | None = None
+    image_tokens: int = 0  # of the prompt, cached ones included: patches of pictures
+    looking_s: float = 0.0  # in the vision tower; part of ttft_s, not of prefill_tok_s
 
     @property
     def hit_rate(self) -> float | None:
@@ -59,4 +69,4 @@ class Finished:
     stats: GenerationStats
 
 
-Event = PrefillProgress | TextDelta | Finished
+Event = PrefillProgress | Looking | TextDelta | Finished

@@ -1,7 +1,7 @@
 """Knows how many bytes each part of a model takes, from its spec or outline and schemes alone."""
 
 from moecli.config import KV_DTYPES, RUN_SCHEMES
-from moecli.models.config import DenseTensor
+from moecli.models.config import MOST_TILES, DenseTensor, ModelSpec, VisionSpec
 from moecli.models.outline import Counted, Outline, Own
 from offload.plan import ModelFootprint
 from quant.layout import SLOT_ALIGNMENT, ExpertLayout
@@ -84,7 +84,8 @@ def workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
 
     Hidden states, their norm and the residual; queries, keys, values and the attended result;
     scores of one block; the choices' contributions twice (total and wave); one expert's inner
-    activations for every token; and the logits of a token.
+    activations for every token; and the logits of a token. A picture passes its tower before its
+    tokens do: what the tower takes counts where it is more, and what it leaves on top of that.
     """
     if not isinstance(spec, Own):
         return spec.workspace_nbytes(ctx, prefill_chunk)
@@ -95,7 +96,35 @@ def workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     )
     a_token = 4 * spec.hidden_size + heads + 2 * spec.experts_per_token * spec.hidden_size
     a_token += 3 * inner
-    return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
+    text = COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
+    if not isinstance(spec, ModelSpec) or spec.vision is None:
+        return text
+    most = 2 * (MOST_TILES + 1) * spec.vision.tile_tokens  # patches of two pictures in a chunk
+    embeddings = COMPUTE_ITEMSIZE * min(most, ctx) * spec.hidden_size
+    return max(text, tower_nbytes(spec.vision, spec.hidden_size)) + embeddings
+
+
+def tower_nbytes(vision: VisionSpec, text_hidden: int) -> int:
+    """Most bytes that are alive at once while a picture of the most tiles passes a vision tower.
+
+    Pixels as they are made and as they are taken, hidden states twice, the weights of the largest
+    part and one of its tensors as it was stored, one tile's activations, results twice.
+    """
+    tiles, patches = MOST_TILES + 1, vision.patches + 1
+    hidden, inner = vision.hidden_size, vision.intermediate_size
+    adapter_in, between, adapter_out = vision.adapter_sizes
+    largest = max(
+        4 * hidden * hidden + 2 * hidden * inner,
+        adapter_in * between + adapter_out * adapter_out,
+        adapter_out * text_hidden,
+    )
+    stored = max(hidden * inner, adapter_in * between, adapter_out * text_hidden)
+    pixels = tiles * 3 * vision.tile_size**2
+    states = 2 * tiles * patches * hidden
+    a_tile = patches * (8 * hidden + 2 * inner)
+    results = 2 * tiles * vision.tile_tokens * max(adapter_out, text_hidden)
+    passing = pixels + states + largest + a_tile + results
+    return COMPUTE_ITEMSIZE * passing + STORED_ITEMSIZE * (stored + 2 * pixels)
 
 
 def kv_nbytes(spec: Counted, ctx: int, prefill_chunk: int, kv_dtype: str) -> int:

@@ -5,7 +5,7 @@ How one token follows another is the runtime's: see `Stepwise` and moecli.decode
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from moecli.config import SamplingConfig
-from moecli.events import Event, Finished, FinishReason, GenerationStats, PrefillProgress, TextDelta
+from moecli.events import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerationStats,
+    Looking,
+    PrefillProgress,
+    TextDelta,
+)
 from moecli.kv_cache import KvCache
-from moecli.models.batch import Batch, SequenceSlice
+from moecli.models.batch import Batch, Patches, SequenceSlice
 from moecli.models.text_decoder import TextDecoder
+from moecli.prompt import Placed, Prompt
 from moecli.session import Session
 from moecli.stopping import StopFilter
 from moecli.tokenizer import Tokenizer
+from moecli.vision.eye import Eye
 from offload.hardware import peak_rss_nbytes
 from offload.stats import CacheStats
 
@@ -41,35 +51,31 @@ class Runtime:
     begin_step: Callable[[], None]  # called before a chunk of the prompt
     ctx: int
     prefill_chunk: int
+    eye: Eye | None  # of a model that sees pictures
 
 
 def generate(
     runtime: Runtime,
     session: Session,
-    token_ids: list[int],
+    prompt: Prompt,
     sampling: SamplingConfig,
     cancelled: Cancelled,
 ) -> Iterator[Event]:
-    """Events for the whole context `token_ids`; the last is always Finished.
+    """Events for the whole context `prompt`; the last is always Finished.
 
     Only what `session` does not hold yet is processed. `cancelled` is asked between chunks of the
-    prompt and between tokens, never inside a step.
+    prompt, between parts of the tower that looks at a picture and between tokens, never inside a
+    step.
     """
+    token_ids = prompt.token_ids
     assert 0 < len(token_ids) < runtime.ctx, "the engine checks the length of a prompt"
     meter = _Meter(runtime.stats)
-    cached = session.rewind(token_ids)
+    cached = session.rewind(prompt)
     answer = _Answer(runtime.tokenizer, sampling)
-    reason: FinishReason | None = None
-    logits: Tensor | None = None  # [V]
-    while reason is None and len(session.tokens) < len(token_ids):
-        chunk = token_ids[len(session.tokens) :][: runtime.prefill_chunk]
-        runtime.begin_step()
-        logits = forward(runtime.decoder, session, chunk)
-        yield PrefillProgress(len(session.tokens) - cached, len(token_ids) - cached)
-        reason = "cancelled" if cancelled() else None
+    logits = yield from _prefill(runtime, session, prompt, meter, cancelled)
+    reason: FinishReason | None = "cancelled" if logits is None else None
     computed = len(session.tokens) - cached
-    if reason is None:
-        assert logits is not None
+    if logits is not None:
         with closing(runtime.tokens(session, logits, sampling)) as tokens:
             for token in tokens:
                 meter.token()
@@ -84,17 +90,79 @@ def generate(
     if delta := answer.end():
         yield TextDelta(delta)
     stats = meter.stats(len(token_ids), cached, computed, answer.num_tokens)
-    stats = replace(stats, peak_vram_nbytes=runtime.peak_vram())
+    image_tokens = sum(len(placed.positions) for placed in prompt.pictures)
+    stats = replace(stats, peak_vram_nbytes=runtime.peak_vram(), image_tokens=image_tokens)
     yield Finished(reason, answer.text, stats)
 
 
-def forward(decoder: TextDecoder, session: Session, tokens: list[int]) -> Tensor:
+def _prefill(
+    runtime: Runtime, session: Session, prompt: Prompt, meter: "_Meter", cancelled: Cancelled
+) -> Generator[Event, None, Tensor | None]:
+    """Feed what the session lacks of the prompt; its last logits [V], or None where cancelled."""
+    cached, total = len(session.tokens), len(prompt.token_ids)
+    logits: Tensor | None = None
+    while len(session.tokens) < total:
+        begin = len(session.tokens)
+        chunk = prompt.token_ids[begin:][: runtime.prefill_chunk]
+        if (placed := prompt.within(begin, begin + len(chunk))) and not (
+            yield from _look(runtime, prompt, placed, meter, cancelled)
+        ):
+            return None
+        runtime.begin_step()
+        logits = _forward_chunk(runtime, session, chunk, placed)
+        yield PrefillProgress(len(session.tokens) - cached, total - cached)
+        if cancelled():
+            return None
+    if runtime.eye is not None:
+        runtime.eye.keep([])
+    return logits
+
+
+def _look(
+    runtime: Runtime,
+    prompt: Prompt,
+    placed: list[Placed],
+    meter: "_Meter",
+    cancelled: Cancelled,
+) -> Generator[Event, None, bool]:
+    """Have the embeddings of these pictures, and of no others, ready; False where cancelled."""
+    eye = runtime.eye
+    assert eye is not None, "a picture for a model that sees none"
+    eye.keep(placed)
+    for one in placed:
+        if eye.has_seen(one):
+            continue
+        yield Looking(prompt.pictures.index(one) + 1, len(prompt.pictures))
+        with meter.looking():
+            if not eye.see(one, cancelled):
+                return False
+    return True
+
+
+def _forward_chunk(
+    runtime: Runtime, session: Session, chunk: list[int], placed: list[Placed]
+) -> Tensor:
+    """Logits [V] after a chunk of a prompt, in which these pictures lie."""
+    if runtime.eye is None:
+        return forward(runtime.decoder, session, chunk)
+    begin = len(session.tokens)
+    patches = runtime.eye.patches(placed, begin, begin + len(chunk)) if placed else None
+    with runtime.eye.counting(len(chunk), patches):
+        return forward(runtime.decoder, session, chunk, patches)
+
+
+def forward(
+    decoder: TextDecoder, session: Session, tokens: list[int], patches: Patches | None = None
+) -> Tensor:
     """Logits [V] after `tokens`, which the session then holds."""
-    return forward_together(decoder, [session], [tokens])[0]
+    return forward_together(decoder, [session], [tokens], patches)[0]
 
 
 def forward_together(
-    decoder: TextDecoder, sessions: Sequence[Session], tokens: Sequence[list[int]]
+    decoder: TextDecoder,
+    sessions: Sequence[Session],
+    tokens: Sequence[list[int]],
+    patches: Patches | None = None,
 ) -> Tensor:
     """Logits [S, V] after the next tokens of each session, which it then holds."""
     slices = tuple(
@@ -102,7 +170,7 @@ def forward_together(
         for session, new in zip(sessions, tokens, strict=True)
     )
     token_ids = torch.tensor([token for new in tokens for token in new], device=decoder.device)
-    logits = decoder.forward(Batch(token_ids, slices))
+    logits = decoder.forward(Batch(token_ids, slices, patches=patches))
     for session, new in zip(sessions, tokens, strict=True):
         session.tokens.extend(new)
     return logits
@@ -159,11 +227,19 @@ class _Meter:
         self._first: float | None = None
         self._last = self._started
         self._sampled = 0
+        self._looking_s = 0.0
 
     def token(self) -> None:
         self._last = time.perf_counter()
         self._first = self._first or self._last
         self._sampled += 1
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Around the work of a vision tower."""
+        started = time.perf_counter()
+        yield
+        self._looking_s += time.perf_counter() - started
 
     def stats(self, prompt: int, cached: int, computed: int, generated: int) -> GenerationStats:
         cache = self._read() - self._before
@@ -174,7 +250,7 @@ class _Meter:
             cached_tokens=cached,
             generated_tokens=generated,
             ttft_s=ttft,
-            prefill_tok_s=computed / ttft,
+            prefill_tok_s=computed / (ttft - self._looking_s),
             decode_tok_s=(self._sampled - 1) / decode if decode else 0.0,
             expert_hits=cache.hits,
             expert_misses=cache.misses,
@@ -185,4 +261,5 @@ class _Meter:
             experts_hosted=cache.hosted,
             experts_sliced=cache.sliced,
             link_nbytes=cache.device_nbytes,
+            looking_s=self._looking_s,
         )

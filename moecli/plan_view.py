@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moecli import ui
 from moecli.cluster import CARD_GIB, Cluster, assumed
+from moecli.models.config import ModelSpec
 from moecli.models.outline import Own
 from moecli.plan_report import PlanReport
 from moecli.terminal import is_terminal
@@ -95,7 +96,7 @@ def _memory_rows(report: PlanReport, columns: Sequence[str]) -> list[list[Cell]]
         ("dense weights", {fixed: plan.dense_nbytes}, "every token reads all"),
         ("embedding", {embedding: plan.embedding_nbytes}, "one row a token"),
         (f"KV cache, {ctx} tokens", {fixed: plan.kv_nbytes}, _cache(report)),
-        ("workspace", {fixed: plan.workspace_nbytes}, "a prompt's activations"),
+        ("workspace", {fixed: plan.workspace_nbytes}, _workspace(report)),
         *(_device_lines(plan) if plan.on_device else []),
         ("experts", {**experts, "disk only": plan.disk_nbytes}, _experts(plan)),
         ("free of the budget", {"VRAM": plan.vram_free, "RAM": plan.ram_free}, ""),
@@ -125,6 +126,13 @@ def _cache(report: PlanReport) -> str:
     if not short:
         return f"{spec.num_layers} layers hold all"
     return f"{len(short)} of {spec.num_layers} hold {max(short)}"
+
+
+def _workspace(report: PlanReport) -> str:
+    """Whose activations take the most: a picture passes its tower before its tokens do."""
+    spec = report.asked.spec
+    sees = isinstance(spec, ModelSpec) and spec.vision is not None
+    return "a picture's activations" if sees else "a prompt's activations"
 
 
 def _experts(plan: MemoryPlan) -> str:

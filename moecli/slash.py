@@ -103,9 +103,9 @@ def _set(talk: Talk, argument: str) -> None:
     say(f"{name} = {value}")
 
 
-def _file(argument: str) -> Path:
+def _file(argument: str, example: str = "/save chat.json") -> Path:
     if not argument:
-        raise MoecliError("the name of the file is missing", "for example `/save chat.json`")
+        raise MoecliError("the name of the file is missing", f"for example `{example}`")
     return Path(argument).expanduser()
 
 
@@ -117,7 +117,7 @@ def _save(talk: Talk, argument: str) -> None:
 
 def _load(talk: Talk, argument: str) -> None:
     path = _file(argument)
-    talk.restart(Conversation.load(path))
+    talk.restart(Conversation.load(path, talk.look))
     say(f"loaded {_answers(talk)} from `{path}`")
 
 
@@ -142,9 +142,27 @@ def _read(talk: Talk, argument: str) -> None:
     say(f"`{path}`, {len(text)} characters, goes before your next message")
 
 
+def _image(talk: Talk, argument: str) -> None:
+    if argument == "none":
+        talk.pictures.clear()
+        say("no picture goes with your next message")
+        return
+    path = _file(argument, "/image photo.jpg")
+    picture = talk.look(path)
+    talk.pictures.append(picture)
+    (width, height), (rows, columns) = picture.size, picture.grid
+    tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles and one of all"
+    say(
+        f"`{path}`, {width} x {height} pixels in {tiles}, {picture.num_tokens} tokens, goes before "
+        "your next message"
+    )
+
+
 def _stats(talk: Talk, argument: str) -> None:
     if talk.last is not None:
         ui.show_timings(talk.last, talk.engine.plan)
+    if talk.engine.eye is not None:
+        ui.show_choices(talk.engine.eye.choices())
     for label, value in talk.facts():
         say(f"{label:<9}{value}")
 
@@ -167,6 +185,7 @@ _COMMANDS = {
     "/set": Command("/set [NAME VALUE]", "show or set temp, top_p, top_k, min_p, ...", _set),
     "/regen": Command("/regen", "answer the last question anew", _regen),
     "/read": Command("/read FILE", "put a text file before the next message", _read),
+    "/image": Command("/image FILE", "show a picture with the next message; `none`: none", _image),
     "/save": Command("/save FILE", "keep the conversation in a file", _save),
     "/load": Command("/load FILE", "go on with a conversation that was kept", _load),
     "/stats": Command("/stats", "what the last answer and the experts cost", _stats),

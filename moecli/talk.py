@@ -3,6 +3,7 @@
 Knows no commands; what a person types is read elsewhere.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecli.answering import stream_answer
@@ -15,6 +16,7 @@ from moecli.terminal import say
 if TYPE_CHECKING:
     from moecli.engine import Engine
     from moecli.session import Session
+    from moecli.vision.picture import Picture, PictureReader
 
 
 class Talk:
@@ -26,7 +28,9 @@ class Talk:
         self.conversation = Conversation(system)
         self.session: Session = engine.new_session()
         self.attached: list[str] = []  # texts that go before the next message
+        self.pictures: list[Picture] = []  # that are shown with the next message
         self.last: GenerationStats | None = None
+        self._reader: PictureReader | None = None
 
     @property
     def model(self) -> str:
@@ -37,7 +41,7 @@ class Talk:
 
         When that fails, or is stopped before the first character, the question is taken back.
         """
-        self.conversation.ask("\n\n".join([*self.attached, text]))
+        self.conversation.ask("\n\n".join([*self.attached, text]), self.pictures)
         try:
             answered = self._answer()
         except BaseException:
@@ -45,6 +49,7 @@ class Talk:
             raise
         if answered:
             self.attached.clear()
+            self.pictures.clear()
         else:
             self.conversation.take_back_question()
 
@@ -64,7 +69,16 @@ class Talk:
         self.conversation = conversation
         self.session.reset()
         self.attached.clear()
+        self.pictures.clear()
         self.last = None
+
+    def look(self, path: Path) -> "Picture":
+        """A picture for this model. Raises MoecliError for none, and where the model sees none."""
+        if self._reader is None:
+            from moecli.vision.picture import PictureReader
+
+            self._reader = PictureReader.of(self.engine.path)
+        return self._reader.read(path)
 
     def _answer(self) -> bool:
         """Stream the answer to the last question; whether there is one."""
@@ -72,7 +86,8 @@ class Talk:
             token_ids = self.engine.encode_chat(self.conversation.messages, self.session)
             finished = stream_answer(
                 lambda cancelled: self.engine.generate(
-                    self.session, token_ids, self.sampling, cancelled
+                    *(self.session, token_ids, self.sampling, cancelled),
+                    self.conversation.pictures,
                 )
             )
         except MoecliError:  # told before anything was computed

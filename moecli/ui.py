@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from moecli.hub.client import RemoteFile
     from moecli.hub.pulling import Pull, PullProgress
+    from moecli.vision.kinds import KindChoices
     from offload.plan import MemoryPlan
     from quant.job import ConversionProgress, ConversionResult
 
@@ -155,8 +156,32 @@ def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
     ]
     if served := _served(stats):
         lines.insert(3, f"lanes    {served}")
+    if stats.image_tokens:
+        looked = f", looked at for {format_seconds(stats.looking_s)}" if stats.looking_s else ""
+        lines.insert(1, f"pictures {stats.image_tokens} tokens of the prompt{looked}")
     for line in lines:
         say(dim(line, sys.stderr))
+
+
+def show_choices(choices: "KindChoices") -> None:
+    """Which experts the image and the text tokens of prompts chose, where there were both."""
+    alike = choices.alike()
+    if not alike:
+        return
+    kinds = (("image", choices.image), ("text", choices.text))
+    shares = [
+        f"the busiest expert of a layer takes {choices.busiest(kind):.1%} of {name} tokens"
+        for name, kind in kinds
+    ]
+    least = min(alike, key=lambda layer: alike[layer])
+    hottest = [
+        f"{name} tokens choose {', '.join(map(str, choices.hottest(kind[least])))}"
+        for name, kind in kinds
+    ]
+    mean = sum(alike.values()) / len(alike)
+    say(dim(f"choices  {', '.join(shares)}; alike in {mean:.1%}", sys.stderr))
+    where = f"in layer {least} ({alike[least]:.1%})"
+    say(dim(f"         least alike {where}: {', '.join(hottest)} most", sys.stderr))
 
 
 def _said(plan: "MemoryPlan") -> str:

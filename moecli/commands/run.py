@@ -2,7 +2,9 @@
 
 import json
 import sys
-from typing import Annotated, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,14 +18,19 @@ from moecli.events import Finished
 from moecli.settings import Settings
 from moecli.terminal import is_terminal, say, write_text
 
+if TYPE_CHECKING:
+    from moecli.engine import Engine
+    from moecli.vision.picture import Picture
+
 HELP = """Answer one prompt: the answer, and nothing else, on stdout.
 
-The prompt is what comes on stdin, then `-p`, then PROMPT, joined by blank lines."""
+The prompt is what comes on stdin, then `-p`, then PROMPT, joined by blank lines.
+Pictures come before it, or where a `--raw` one names <|image|>."""
 EXAMPLES = """
 moecli run demo "What is the capital of France?"
 git diff | moecli run MODEL "Write a commit message."
 moecli run MODEL -p "Once upon a time" --raw -n 200 --ram 16GiB -v
-moecli run MODEL "List three colours." --temp 0 --json
+moecli run MODEL "What has changed?" --image old.png --image new.png --temp 0 --json
 """
 
 
@@ -40,6 +47,10 @@ def run(
     raw: Annotated[
         bool, options.option("--raw", help="Continue the text as it is: no chat template.")
     ] = False,
+    images: Annotated[
+        list[Path] | None,
+        options.option("--image", metavar="FILE", help="A picture to see; may be repeated."),
+    ] = None,
     *,
     given: dict[str, Any],
     as_json: options.Json = False,
@@ -53,43 +64,65 @@ def run(
         raise MoecliError("`--raw` takes no system prompt", "leave out `--raw`", exit_code=2)
     text = _join_prompt(_read_stdin(), prompt_flag, prompt)
     settings.sampling_config({})  # complains before the model is opened
-    _answer(name, text, settings, raw, as_json, verbose)
+    _answer(name, text, images or [], settings, raw, as_json, verbose)
 
 
 def _answer(
-    name: str, text: str, settings: Settings, raw: bool, as_json: bool, verbose: bool
+    name: str,
+    text: str,
+    images: list[Path],
+    settings: Settings,
+    raw: bool,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
-    with open_engine(model_directory(name), settings.engine_config()) as engine:
+    directory = model_directory(name)
+    pictures = _read_pictures(directory, images)  # complains before the model is opened
+    with open_engine(directory, settings.engine_config()) as engine:
         sampling: SamplingConfig = settings.sampling_config(engine.generation_config)
         session = engine.new_session()
         if raw:
-            token_ids = engine.encode_text(text)
+            token_ids = engine.encode_text(text, pictures)
         else:
             conversation = Conversation(settings.system)
-            conversation.ask(text)
+            conversation.ask(text, pictures)
             token_ids = engine.encode_chat(conversation.messages, session)
         finished = stream_answer(
-            lambda cancelled: engine.generate(session, token_ids, sampling, cancelled),
+            lambda cancelled: engine.generate(session, token_ids, sampling, cancelled, pictures),
             discard if as_json else write_text,
         )
         if as_json:
-            _print_json(engine.path.name, finished, engine.plan.to_dict())
+            _print_json(engine, finished, pictures)
         if verbose:
             ui.show_timings(finished.stats, engine.plan)
+            if engine.eye is not None and pictures:
+                ui.show_choices(engine.eye.choices())
     if finished.reason == "context":
         say("the answer ends here because the context is full; `--ctx` makes it longer")
     if finished.reason == "cancelled":
         raise typer.Exit(130)
 
 
-def _print_json(name: str, finished: Finished, plan: dict) -> None:
-    content = {
-        "model": name,
+def _read_pictures(directory: Path, images: list[Path]) -> "list[Picture]":
+    if not images:
+        return []
+    from moecli.vision.picture import PictureReader
+
+    reader = PictureReader.of(directory)
+    return [reader.read(image) for image in images]
+
+
+def _print_json(engine: "Engine", finished: Finished, pictures: "list[Picture]") -> None:
+    content: dict[str, Any] = {
+        "model": engine.path.name,
         "text": finished.text,
         "finish_reason": finished.reason,
         "stats": stats_dict(finished),
-        "plan": plan,
+        "plan": engine.plan.to_dict(),
     }
+    if engine.eye is not None and pictures:
+        content["images"] = [picture.to_dict() for picture in pictures]
+        content["expert_choices"] = asdict(engine.eye.choices())
     print(json.dumps(content, ensure_ascii=False, indent=2))
 
 

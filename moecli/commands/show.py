@@ -41,6 +41,7 @@ class ModelSummary:
     shared_expert: bool
     max_context: int
     decoder: str  # whose forward pass runs it: moecli, or transformers with moecli's experts
+    num_vision_params: int  # 0: it sees no pictures
     scheme: str | None
     quantized_here: bool  # by moecli: it can be run
     dense_scheme: str | None
@@ -69,6 +70,7 @@ def summarize(model: "Readable") -> ModelSummary:
         shared_expert=spec.shared_intermediate_size > 0,
         max_context=spec.max_context,
         decoder="moecli" if isinstance(spec, ModelSpec) else "transformers",
+        num_vision_params=spec.num_vision_params if isinstance(spec, ModelSpec) else 0,
         scheme=manifest["scheme"] if manifest else source_scheme(config),
         quantized_here=bool(manifest),
         dense_scheme=manifest.get("dense_scheme"),
@@ -127,6 +129,8 @@ def _pairs(summary: ModelSummary) -> list[tuple[str, str, str]]:
     params, active = summary.num_params, summary.num_active_params
     layers = f"{summary.num_layers}, {summary.num_moe_layers} of them with experts"
     experts = f"{summary.num_experts} a layer, {summary.experts_per_token} a token{shared}"
+    vision = summary.num_vision_params
+    seen = f"{format_params(vision)} parameters, read when a picture is shown" if vision else "none"
     return [
         ("model", summary.name, summary.name),
         ("architecture", summary.architecture, summary.architecture),
@@ -136,6 +140,7 @@ def _pairs(summary: ModelSummary) -> list[tuple[str, str, str]]:
         ("experts", experts, experts),
         ("context", f"{summary.max_context} tokens", str(summary.max_context)),
         ("decoder", _DECODERS[summary.decoder], summary.decoder),
+        ("vision", seen, str(vision)),
         ("scheme", schemes, schemes),
         ("size", format_nbytes(summary.nbytes), str(summary.nbytes)),
         ("path", summary.path, summary.path),

@@ -18,12 +18,21 @@ class SequenceSlice:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """Rows of a batch whose embeddings are not those of their tokens: parts of pictures."""
+
+    rows: Tensor  # [P] int64
+    embeddings: Tensor  # [P, H]
+
+
+@dataclass(frozen=True)
 class Batch:
     """New tokens of several sequences, one after the other."""
 
     token_ids: Tensor  # [T] int64
     slices: tuple[SequenceSlice, ...]  # in the order of the tokens; their lengths sum to T
     all_logits: bool = False  # logits of every token, not only of each sequence's last
+    patches: Patches | None = None
 
     def __post_init__(self) -> None:
         total = sum(piece.length for piece in self.slices)

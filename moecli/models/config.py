@@ -63,6 +63,33 @@ class DenseTensor:
         return prod(self.shape)
 
 
+MOST_TILES = 16  # that a picture is divided into, the one of the whole picture not counted
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A vision tower: what it makes of a tile, and the sizes that its memory follows from."""
+
+    patch_token_id: int  # of the tokens whose places its results take
+    tile_size: int  # pixels of a side
+    patch_size: int
+    shuffle_ratio: float  # of the result's sides to those of the grid of patches
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    adapter_sizes: tuple[int, int, int]  # into it, between its linears, out of it
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile."""
+        return (self.tile_size // self.patch_size) ** 2
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens that a tile takes in a prompt."""
+        return int(self.patches * self.shuffle_ratio**2)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A Mixture-of-Experts text decoder; families differ in these data only."""
@@ -92,6 +119,7 @@ class ModelSpec:
     tie_word_embeddings: bool
     max_context: int
     num_vision_params: int = 0  # vision tower and projector of a multimodal checkpoint
+    vision: VisionSpec | None = None
 
     @staticmethod
     def from_hf(config: dict) -> "ModelSpec":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecli.kv_cache import KvCache
 from moecli.models.attention import Attention, BatchStep, Step, StepMaker, Weights, dense
-from moecli.models.batch import Batch, SequenceSlice
+from moecli.models.batch import Batch, Patches, SequenceSlice
 from moecli.models.config import ModelSpec
 from moecli.models.device_step import DeviceStep
 from moecli.models.few_tokens import FewTokens
@@ -165,7 +165,7 @@ class Decoder:
         """
         for piece in batch.slices:
             piece.cache.begin(piece.start, piece.length)
-        logits = self.run(batch.token_ids, self.make_step(batch))
+        logits = self.run(batch.token_ids, self.make_step(batch), batch.patches)
         for piece in batch.slices:
             piece.cache.commit()
         return logits
@@ -181,9 +181,11 @@ class Decoder:
         return self.run(token_ids, DeviceStep(self.make_step.positions, cache, position))
 
     @torch.inference_mode()
-    def run(self, token_ids: Tensor, step: Step) -> Tensor:
+    def run(self, token_ids: Tensor, step: Step, patches: Patches | None = None) -> Tensor:
         """Logits fp32 [rows, V] of tokens [T]; what they are and where they stand is the step's."""
         hidden = self.embedding(token_ids)  # [T, H]
+        if patches is not None:
+            hidden.index_copy_(0, patches.rows, patches.embeddings.to(hidden))
         delta = self._all_layers(hidden, step)
         if step.rows is not None:
             hidden, delta = hidden[step.rows], delta[step.rows]

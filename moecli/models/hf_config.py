@@ -15,6 +15,7 @@ from moecli.models.config import (
     RopeScaling,
     RopeSpec,
     TemperatureSpec,
+    VisionSpec,
 )
 from moecli.models.hf_fields import CONFIG_HINT, Fields
 
@@ -174,6 +175,7 @@ def _llama4(architecture: str, top: Fields) -> ModelSpec:
             "tie_word_embeddings", top.flag("tie_word_embeddings", False)
         ),
         num_vision_params=_vision_params(top, fields.size("hidden_size")),
+        vision=_vision(top),
     )
 
 
@@ -204,6 +206,25 @@ def _attention_kind(fields: Fields, name: Any) -> AttentionKind:
     raise MoecliError(
         f"layer type `{name}` in {fields.where} is not supported",
         "supported: `full_attention`, `chunked_attention`",
+    )
+
+
+def _vision(top: Fields) -> VisionSpec | None:
+    """Llama 4's vision tower; None for a text checkpoint."""
+    if not top.get("vision_config", dict, {}):
+        return None
+    vision = top.section("vision_config")
+    token = "image_token_index" if "image_token_index" in top.values else "image_token_id"
+    inner, between = vision.size("projector_input_dim"), vision.size("projector_output_dim")
+    return VisionSpec(
+        patch_token_id=top.size(token, 200092),
+        tile_size=vision.size("image_size"),
+        patch_size=vision.size("patch_size"),
+        shuffle_ratio=vision.get("pixel_shuffle_ratio", float, 0.5),
+        num_layers=vision.size("num_hidden_layers"),
+        hidden_size=vision.size("hidden_size"),
+        intermediate_size=vision.size("intermediate_size"),
+        adapter_sizes=(vision.size("intermediate_size"), inner, between),
     )
 
 

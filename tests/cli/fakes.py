@@ -59,6 +59,8 @@ class FakeEngine:
             architecture="FakeForCausalLM", num_params=22_700_000, num_active_params=5_000_000
         )
         self.calls: list[tuple[str, SamplingConfig]] = []
+        self.shown: list[list[str]] = []  # names of the pictures of each call
+        self.eye = None
         self.closed = False
 
     @classmethod
@@ -83,13 +85,13 @@ class FakeEngine:
     def new_session(self) -> FakeSession:
         return FakeSession()
 
-    def encode_text(self, text: str) -> list[int]:
-        return [ord(c) for c in text]
+    def encode_text(self, text: str, pictures: Any = ()) -> list[int]:
+        return [ord(c) for c in "".join(f"[{p.path.name}]" for p in pictures) + text]
 
     def encode_chat(self, messages: list[dict], session: FakeSession | None = None) -> list[int]:
         if session is not None and any(m["content"] == "break encode" for m in messages):
             raise ValueError("a fault in the fake")
-        turns = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        turns = "".join(f"<{m['role']}>{_shown(m)}{m['content']}\n" for m in messages)
         return self.encode_text(turns + "<assistant>")
 
     def expert_stats(self) -> SimpleNamespace:
@@ -101,9 +103,11 @@ class FakeEngine:
         token_ids: list[int],
         sampling: SamplingConfig,
         cancelled: Callable[[], bool] = lambda: False,
+        pictures: Any = (),
     ) -> Iterator[Event]:
         context = "".join(map(chr, token_ids))
         self.calls.append((context, sampling))
+        self.shown.append([picture.path.name for picture in pictures])
         question = context.rpartition("<user>")[2].removesuffix("\n<assistant>")
         if question == "too long":
             raise MoecliError("the prompt has 9999 tokens; the context holds 2048", "shorten it")
@@ -179,6 +183,11 @@ class FakeEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _shown(message: dict) -> str:
+    """What stands for the pictures of a message."""
+    return "".join(f"[{picture.path.name}]" for picture in message.get("images", ()))
 
 
 def _stats(prompt: int, cached: int, generated: int) -> GenerationStats:

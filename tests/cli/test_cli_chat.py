@@ -141,7 +141,7 @@ def test_save_goes_over_saved_chats_only(chat, home) -> None:
         b"[]",
         b"\xff\xfe",
         b'{"version": 1}',
-        b'{"format": "moecli-chat", "version": 2, "turns": []}',
+        b'{"format": "moecli-chat", "version": 3, "turns": []}',
         b'{"format": "moecli-chat", "version": 1}',
         b'{"format": "moecli-chat", "version": 1, "turns": [{"role": "user", "content": "x"}]}',
         b'{"format": "moecli-chat", "version": 1, "turns": [{"role": "assistant"}, 3]}',

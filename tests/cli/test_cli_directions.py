@@ -13,7 +13,7 @@ STDLIB_ONLY = (
     *("offload.policy", "offload.footprint", "offload.lanes", "offload.placing", "offload.plan"),
     *("offload.trace", "moecli.models.config"),
 )
-LAZY = {"transformers", "bitsandbytes", "accelerate", "huggingface_hub"}
+LAZY = {"transformers", "bitsandbytes", "accelerate", "huggingface_hub", "PIL"}
 LIBRARY = "moecli.models.hf."  # made of transformers, and imported inside functions alone
 HUB = ("moecli.hub.client", "moecli.models.hf.library")  # the library raises the hub's errors
 

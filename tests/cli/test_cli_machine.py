@@ -83,6 +83,7 @@ def test_show_of_an_unquantized_checkpoint(real_cli, scout) -> None:
         "experts\t16 a layer, 1 a token and a shared one\n"
         "context\t10485760\n"
         "decoder\tmoecli\n"
+        "vision\t0\n"
         "scheme\tnone: as trained\n"
         f"size\t{(scout / 'config.json').stat().st_size}\n"
         f"path\t{scout}\n"

@@ -1,0 +1,1 @@
+"""Knows pictures: from a file to embeddings that stand in a prompt; knows no language model."""
