@@ -3,7 +3,6 @@
 Legend of the shapes: T new tokens, L tokens looked at, N query heads, K key heads, D head size.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from moecli.kv_cache import KeptHeads
 from moecli.models.batch import Batch, SequenceSlice
-from moecli.models.config import ModelSpec, RopeSpec
+from moecli.models.config import ModelSpec
 from moecli.models.fused import position_heads
 from moecli.models.int8_heads import attend_one
+from moecli.models.rope import inverse_frequencies, magnitude
 from quant.bnb import BnbWeight
 from quant.ops import linear
 from quant.tensor import QuantizedWeight
@@ -30,21 +30,6 @@ def dense(weights: Weights, name: str) -> Tensor:
     weight = weights(name)
     assert isinstance(weight, Tensor), f"{name} is quantized"
     return weight
-
-
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """Radians a position turns each pair of components, [D / 2] fp32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / rope.theta**exponents
-    scaling = rope.scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_context * frequencies / (2 * math.pi)  # in the original context
-    slow = frequencies / scaling.factor
-    if scaling.high == scaling.low:  # the blend in between is 0/0, and empty
-        return torch.where(turns < scaling.low, slow, frequencies)
-    blend = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
-    return slow + blend * (frequencies - slow)
 
 
 @dataclass(frozen=True)
@@ -102,11 +87,12 @@ class Positions:
     def __init__(self, spec: ModelSpec, device: torch.device | str = "cpu") -> None:
         self.temperature = spec.temperature
         self.inverse_frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
+        self.magnitude = magnitude(spec.rope)
 
     def turns(self, positions: Tensor) -> Tensor:
-        """positions [T] -> unit complex numbers [T, D / 2] complex64."""
+        """positions [T] -> complex64 [T, D / 2], of magnitude one unless RoPE scales it."""
         angles = positions.float()[:, None] * self.inverse_frequencies
-        return torch.polar(torch.ones_like(angles), angles)
+        return torch.polar(torch.full_like(angles, self.magnitude), angles)
 
     def temperatures(self, positions: Tensor) -> Tensor | None:
         """positions [T] -> fp32 factors [T, 1, 1] of queries without RoPE; None: always one."""

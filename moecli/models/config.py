@@ -25,12 +25,27 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """Pairs that turn less than `slow` times in `original_context` turn `factor` times slower.
+
+    Those that turn more than `fast` times keep their speed; in between the two are blended.
+    """
+
+    factor: float
+    fast: float
+    slow: float
+    original_context: int
+    magnitude: float  # by which turned queries and keys are multiplied
+    whole_pairs: bool = True  # the blend begins and ends at a pair, not between two
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """Which components turn together (neighbours, or one of each half), and how fast."""
 
     kind: RopeKind
     theta: float
-    scaling: RopeScaling | None = None
+    scaling: RopeScaling | YarnScaling | None = None
 
 
 @dataclass(frozen=True)

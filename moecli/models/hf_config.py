@@ -1,5 +1,6 @@
 """Knows Hugging Face's field names, old and new; the only place that does. Knows no tensors."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from moecli.models.config import (
     RopeScaling,
     RopeSpec,
     TemperatureSpec,
+    YarnScaling,
 )
 
 _SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like) and qwen3_moe"
@@ -132,8 +134,12 @@ def _rope(fields: _Fields, kind: RopeKind) -> RopeSpec:
     rope_type = scaling.get("rope_type", str, scaling.get("type", str, "default"))
     if rope_type == "default":
         return RopeSpec(kind, theta)
+    if rope_type == "yarn":
+        return RopeSpec(kind, theta, _yarn(fields, scaling))
     if rope_type != "llama3":
-        raise MoecliError(f"RoPE scaling `{rope_type}` is not supported", "supported: `llama3`")
+        raise MoecliError(
+            f"RoPE scaling `{rope_type}` is not supported", "supported: `llama3`, `yarn`"
+        )
     return RopeSpec(
         kind,
         theta,
@@ -144,6 +150,29 @@ def _rope(fields: _Fields, kind: RopeKind) -> RopeSpec:
             original_context=scaling.size("original_max_position_embeddings"),
         ),
     )
+
+
+def _yarn(fields: _Fields, scaling: _Fields) -> YarnScaling:
+    context = scaling.size("original_max_position_embeddings")
+    factor = scaling.get("factor", float, fields.size("max_position_embeddings") / context)
+    mscale = scaling.get("mscale", float, 0.0)
+    of_all = scaling.get("mscale_all_dim", float, 0.0)
+    magnitude = _yarn_mscale(factor)
+    if mscale and of_all:
+        magnitude = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, of_all)
+    return YarnScaling(
+        factor=factor,
+        fast=scaling.get("beta_fast", float, 0.0) or 32.0,
+        slow=scaling.get("beta_slow", float, 0.0) or 1.0,
+        original_context=context,
+        magnitude=scaling.get("attention_factor", float, magnitude),
+        whole_pairs=scaling.flag("truncate", True),
+    )
+
+
+def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much larger scores are made where a context is stretched `factor` times."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _require_silu(fields: _Fields) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moecli.errors import MoecliError
-from moecli.models.attention import inverse_frequencies
 from moecli.models.config import LayerSpec, ModelSpec, RopeScaling, RopeSpec, TemperatureSpec
+from moecli.models.rope import inverse_frequencies, magnitude
 from tests.models.tiny_models import oracle
 
 SCOUT_TEXT = {
@@ -202,14 +202,42 @@ def test_scaled_frequencies(factors):
     """The blend is 0/0 where low equals high; wavelengths beyond the border are divided."""
     low, high = factors
     context = low * 2 * math.pi * 1024  # so that the pair of frequency 1/1024 turns `low` times
-    plain = inverse_frequencies(RopeSpec("half", 2.0**40), head_dim=16)
+    plain = inverse_frequencies(RopeSpec("half", 2.0**40), size=16)
     scaling = RopeScaling(16.0, low, high, context)
-    found = inverse_frequencies(RopeSpec("half", 2.0**40, scaling), head_dim=16)
+    found = inverse_frequencies(RopeSpec("half", 2.0**40, scaling), size=16)
     turns = context * plain / (2 * math.pi)
     assert low in turns, "nothing lies on the border"
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found[turns < low], plain[turns < low] / 16)
     torch.testing.assert_close(found[turns >= high], plain[turns >= high])
+
+
+YARN = {"factor": 8.0, "original_max_position_embeddings": 128}
+YARN_VARIANTS = {
+    "defaults": {},
+    "no_factor": {"factor": None},
+    "deepseek_v3": {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "mscales_differ": {"mscale": 0.7, "mscale_all_dim": 1.3},
+    "one_mscale": {"mscale": 0.7},
+    "given_factor": {"attention_factor": 1.25},
+    "gpt_oss": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    "one_pair": {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    "no_stretch": {"factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", YARN_VARIANTS)
+def test_yarn_is_that_of_transformers(name):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "yarn", **YARN, **YARN_VARIANTS[name]}
+    model = oracle("qwen3_moe", head_dim=32, max_position_embeddings=1024)
+    model.config.rope_parameters = {"rope_theta": 10000.0, **scaling}
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](model.config)
+    config = changed(QWEN3, rope_theta=10000.0, max_position_embeddings=1024, rope_scaling=scaling)
+    rope = ModelSpec.from_hf(config).rope
+    torch.testing.assert_close(inverse_frequencies(rope, 32), frequencies)
+    assert magnitude(rope) == pytest.approx(factor)
 
 
 REFUSED = {
@@ -231,7 +259,11 @@ REFUSED = {
     "fraction": (changed(SCOUT, hidden_size=5120.5), "`hidden_size`.*should be"),
     "zero": (changed(QWEN3, num_hidden_layers=0), "`num_hidden_layers`.*at least 1"),
     "flag for a size": (changed(QWEN3, vocab_size=True), "`vocab_size`.*should be"),
-    "yarn": (changed(QWEN3, rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    "yarn": (
+        changed(QWEN3, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        "`original_max_position_embeddings` is missing",
+    ),
+    "longrope": (changed(QWEN3, rope_scaling={"rope_type": "longrope"}), "longrope"),
     "scaling factor missing": (changed(SCOUT, rope_scaling={"type": "llama3"}), "`factor`"),
     "activation": (changed(QWEN3, hidden_act="gelu"), "gelu"),
     "sliding": (changed(QWEN3, use_sliding_window=True), "use_sliding_window"),

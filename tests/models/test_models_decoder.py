@@ -44,6 +44,13 @@ LLAMA4_VARIANTS = {
     "chunk_of_5_one_kv_head": {"attention_chunk_size": 5, "num_key_value_heads": 1},
     "chunk_beyond_length": {"attention_chunk_size": 64, "num_key_value_heads": 4},
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 16,
+}
 QWEN3_VARIANTS = {
     "plain": {},
     "norm_topk": {"norm_topk_prob": True},
@@ -53,6 +60,7 @@ QWEN3_VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "no_head_groups": {"num_key_value_heads": 4},
     "llama3": {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    "yarn": {"rope_parameters": YARN_ROPE},
 }
 VARIANTS = [("llama4", name) for name in LLAMA4_VARIANTS]
 VARIANTS += [("qwen3_moe", name) for name in QWEN3_VARIANTS]
