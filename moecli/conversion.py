@@ -117,7 +117,9 @@ def _job(
     spec = ModelSpec.from_hf(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     conversion = plan_conversion(spec, shapes, dense_scheme)
-    config["quantization_config"] = quantization_config(scheme, dense_scheme, conversion.ignore)
+    config["quantization_config"] = quantization_config(
+        scheme, dense_scheme, conversion.ignore, conversion.expert_targets
+    )
     return ConversionJob(
         source=checkpoint,
         out=out,

@@ -14,6 +14,7 @@ from quant.checkpoint import Checkpoint
 from quant.errors import QuantError
 from quant.scheme import QuantScheme
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Tensors that need not be taken whole are read in blocks of about this many bytes.
 _BLOCK_NBYTES = 4 << 20
@@ -32,7 +33,10 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class ExpertItem:
-    """One routed expert, written as `prefix`.gate_proj.weight_packed and so on."""
+    """One routed expert, written as `prefix`.gate_proj.weight_packed and so on.
+
+    Some families have other names for the three projections.
+    """
 
     layer: int
     expert: int
@@ -40,10 +44,12 @@ class ExpertItem:
     gate: TensorSlice
     up: TensorSlice
     down: TensorSlice
+    names: tuple[str, str, str] = PROJECTIONS  # under which gate, up and down are written
 
     @property
     def projections(self) -> dict[str, TensorSlice]:
-        return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
+        """By our own names, in the order of the bytes."""
+        return dict(zip(PROJECTIONS, (self.gate, self.up, self.down), strict=True))
 
 
 @dataclass(frozen=True)

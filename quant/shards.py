@@ -187,7 +187,7 @@ def reading_order(source: Checkpoint, plan: OutputPlan) -> list[PlacedUnit]:
 
 def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> list[Unit]:
     units: list[Unit] = []
-    for projection, part in item.projections.items():
+    for (projection, part), written in zip(item.projections.items(), item.names, strict=True):
         shape, expected = matrix_shape(source, part), layout.projections[projection]
         if shape != expected:
             raise QuantError(
@@ -195,7 +195,7 @@ def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) ->
                 f"where {list(expected)} is needed",
                 "the checkpoint and its config do not belong together; download both again",
             )
-        name = f"{item.prefix}.{projection}"
+        name = f"{item.prefix}.{written}"
         unit = Unit(
             _quantized(name, shape, layout.scheme),
             source=part,

@@ -1,6 +1,8 @@
-"""Knows Hugging Face's field names, old and new; the only place that does. Knows no tensors."""
+"""Knows Hugging Face's field names, old and new, of models as a whole; hf_families those of more.
 
-import math
+Nobody but the modules `hf_*` knows them. Knows no tensors.
+"""
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,55 +11,13 @@ from moecli.models.config import (
     AttentionKind,
     LayerSpec,
     ModelSpec,
-    RopeKind,
-    RopeScaling,
-    RopeSpec,
     TemperatureSpec,
-    YarnScaling,
 )
+from moecli.models.hf_families import FAMILY_READERS
+from moecli.models.hf_fields import CONFIG_HINT, Fields, common_of, rope_of
 
-_SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like) and qwen3_moe"
-_CONFIG_HINT = "download config.json again, or compare it with the one the model was released with"
+_SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral"
 BITSANDBYTES = "bitsandbytes"
-_MISSING: Any = object()
-
-
-class _Fields:
-    """Typed reads of one JSON object; every complaint names the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
-        self.values = values
-        self.where = where
-
-    def get(self, key: str, kind: type, default: Any = _MISSING) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            if default is _MISSING:
-                raise MoecliError(f"`{key}` is missing from {self.where}", _CONFIG_HINT)
-            return default
-        fits = isinstance(value, (int, float)) if kind in (int, float) else isinstance(value, kind)
-        if not fits or (kind is int and (isinstance(value, bool) or value != int(value))):
-            raise MoecliError(
-                f"`{key}` in {self.where} should be of type {kind.__name__}, not {value!r}",
-                _CONFIG_HINT,
-            )
-        return kind(value)
-
-    def size(self, key: str, default: Any = _MISSING) -> int:
-        value = self.get(key, int, default)
-        if value < 1:
-            raise MoecliError(
-                f"`{key}` in {self.where} must be at least 1, not {value}", _CONFIG_HINT
-            )
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Some releases store a flag as a number."""
-        value = self.values.get(key)
-        return default if value is None else bool(value)
-
-    def section(self, key: str) -> "_Fields":
-        return _Fields(self.get(key, dict), f"`{key}` of {self.where}")
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -74,7 +34,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         raise MoecliError(
             f"moecli does not know the architecture `{architecture}` ({kind})", _SUPPORTED_HINT
         )
-    spec = reader(architecture, _Fields(config))
+    spec = reader(architecture, Fields(config))
     _check(spec)
     return spec
 
@@ -85,9 +45,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
         return names[0]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise MoecliError(
-            "config.json names neither `architectures` nor `model_type`", _CONFIG_HINT
-        )
+        raise MoecliError("config.json names neither `architectures` nor `model_type`", CONFIG_HINT)
     return _BY_MODEL_TYPE.get(model_type, model_type)
 
 
@@ -111,93 +69,21 @@ def _check(spec: ModelSpec) -> None:
         raise MoecliError(
             f"`num_attention_heads` ({spec.num_heads}) in config.json is no multiple of "
             f"`num_key_value_heads` ({spec.num_kv_heads})",
-            _CONFIG_HINT,
+            CONFIG_HINT,
         )
     if spec.experts_per_token > spec.num_experts:
         raise MoecliError(
             f"`num_experts_per_tok` ({spec.experts_per_token}) in config.json exceeds the number "
             f"of experts ({spec.num_experts})",
-            _CONFIG_HINT,
+            CONFIG_HINT,
         )
     if spec.head_dim % 2:
         raise MoecliError(
-            f"`head_dim` in config.json must be even, not {spec.head_dim}", _CONFIG_HINT
+            f"`head_dim` in config.json must be even, not {spec.head_dim}", CONFIG_HINT
         )
 
 
-def _rope(fields: _Fields, kind: RopeKind) -> RopeSpec:
-    """transformers 5 stores `rope_parameters`; before, `rope_theta` and `rope_scaling`."""
-    new = fields.get("rope_parameters", dict, {})
-    scaling = _Fields(new or fields.get("rope_scaling", dict, {}), "the RoPE part of config.json")
-    owner = scaling if new.get("rope_theta") is not None else fields
-    theta = owner.get("rope_theta", float)
-    rope_type = scaling.get("rope_type", str, scaling.get("type", str, "default"))
-    if rope_type == "default":
-        return RopeSpec(kind, theta)
-    if rope_type == "yarn":
-        return RopeSpec(kind, theta, _yarn(fields, scaling))
-    if rope_type != "llama3":
-        raise MoecliError(
-            f"RoPE scaling `{rope_type}` is not supported", "supported: `llama3`, `yarn`"
-        )
-    return RopeSpec(
-        kind,
-        theta,
-        RopeScaling(
-            factor=scaling.get("factor", float),
-            low=scaling.get("low_freq_factor", float),
-            high=scaling.get("high_freq_factor", float),
-            original_context=scaling.size("original_max_position_embeddings"),
-        ),
-    )
-
-
-def _yarn(fields: _Fields, scaling: _Fields) -> YarnScaling:
-    context = scaling.size("original_max_position_embeddings")
-    factor = scaling.get("factor", float, fields.size("max_position_embeddings") / context)
-    mscale = scaling.get("mscale", float, 0.0)
-    of_all = scaling.get("mscale_all_dim", float, 0.0)
-    magnitude = _yarn_mscale(factor)
-    if mscale and of_all:
-        magnitude = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, of_all)
-    return YarnScaling(
-        factor=factor,
-        fast=scaling.get("beta_fast", float, 0.0) or 32.0,
-        slow=scaling.get("beta_slow", float, 0.0) or 1.0,
-        original_context=context,
-        magnitude=scaling.get("attention_factor", float, magnitude),
-        whole_pairs=scaling.flag("truncate", True),
-    )
-
-
-def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """How much larger scores are made where a context is stretched `factor` times."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _require_silu(fields: _Fields) -> None:
-    activation = fields.get("hidden_act", str)
-    if activation != "silu":
-        raise MoecliError(f"`hidden_act` `{activation}` is not supported", "supported: `silu`")
-
-
-def _common(fields: _Fields) -> dict[str, Any]:
-    """What all families call by the same name."""
-    _require_silu(fields)
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    return {
-        "vocab_size": fields.size("vocab_size"),
-        "hidden_size": hidden,
-        "num_heads": heads,
-        "num_kv_heads": fields.size("num_key_value_heads"),
-        "experts_per_token": fields.size("num_experts_per_tok"),
-        "rms_norm_eps": fields.get("rms_norm_eps", float),
-        "attention_bias": fields.flag("attention_bias", False),
-        "max_context": fields.size("max_position_embeddings"),
-    }
-
-
-def _llama4(architecture: str, top: _Fields) -> ModelSpec:
+def _llama4(architecture: str, top: Fields) -> ModelSpec:
     fields = top.section("text_config") if "text_config" in top.values else top
     count = fields.size("num_hidden_layers")
     layers = _llama4_layers(fields, count)
@@ -210,7 +96,7 @@ def _llama4(architecture: str, top: _Fields) -> ModelSpec:
     all_moe = all(layer.moe for layer in layers)
     intermediate = fields.size("intermediate_size")
     return ModelSpec(
-        **_common(fields),
+        **common_of(fields),
         architecture=architecture,
         family="llama4",
         head_dim=fields.size("head_dim", 128),
@@ -222,7 +108,7 @@ def _llama4(architecture: str, top: _Fields) -> ModelSpec:
         router="sigmoid",
         normalize_topk=False,
         weight_on_input=True,
-        rope=_rope(fields, "interleaved"),
+        rope=rope_of(fields, "interleaved"),
         qk_norm="weightless_after_rope" if fields.flag("use_qk_norm", True) else "none",
         chunk_size=fields.size("attention_chunk_size") if chunked else None,
         temperature=temperature,
@@ -233,7 +119,7 @@ def _llama4(architecture: str, top: _Fields) -> ModelSpec:
     )
 
 
-def _llama4_layers(fields: _Fields, count: int) -> tuple[LayerSpec, ...]:
+def _llama4_layers(fields: Fields, count: int) -> tuple[LayerSpec, ...]:
     interval = fields.size("no_rope_layer_interval", 4)
     rope = fields.get("no_rope_layers", list, []) or [(i + 1) % interval for i in range(count)]
     kinds = fields.get("layer_types", list, []) or [
@@ -243,7 +129,7 @@ def _llama4_layers(fields: _Fields, count: int) -> tuple[LayerSpec, ...]:
         if len(values) < count:
             raise MoecliError(
                 f"`{key}` in {fields.where} has {len(values)} entries for {count} layers",
-                _CONFIG_HINT,
+                CONFIG_HINT,
             )
     step = fields.size("interleave_moe_layer_step", 1)
     moe = fields.get("moe_layers", list, list(range(step - 1, count, step)))
@@ -252,7 +138,7 @@ def _llama4_layers(fields: _Fields, count: int) -> tuple[LayerSpec, ...]:
     )
 
 
-def _attention_kind(fields: _Fields, name: Any) -> AttentionKind:
+def _attention_kind(fields: Fields, name: Any) -> AttentionKind:
     if name == "full_attention":
         return "full"
     if name == "chunked_attention":
@@ -263,7 +149,7 @@ def _attention_kind(fields: _Fields, name: Any) -> AttentionKind:
     )
 
 
-def _vision_params(top: _Fields, text_hidden: int) -> int:
+def _vision_params(top: Fields, text_hidden: int) -> int:
     """Weights of Llama 4's vision tower, adapter and projector; 0 for a text checkpoint."""
     if not top.get("vision_config", dict, {}):
         return 0
@@ -281,13 +167,13 @@ def _vision_params(top: _Fields, text_hidden: int) -> int:
     return vision.size("num_hidden_layers") * layer + embedding + adapter + projector
 
 
-def _qwen3_moe(architecture: str, fields: _Fields) -> ModelSpec:
+def _qwen3_moe(architecture: str, fields: Fields) -> ModelSpec:
     if fields.flag("use_sliding_window", False):
         raise MoecliError(
             "moecli does not know the sliding window that `use_sliding_window` asks for",
             "no released Qwen3-MoE uses it",
         )
-    count, common = fields.size("num_hidden_layers"), _common(fields)
+    count, common = fields.size("num_hidden_layers"), common_of(fields)
     step = fields.size("decoder_sparse_step", 1)
     dense = fields.get("mlp_only_layers", list, [])
     moe = [i not in dense and (i + 1) % step == 0 for i in range(count)]
@@ -305,7 +191,7 @@ def _qwen3_moe(architecture: str, fields: _Fields) -> ModelSpec:
         router="softmax",
         normalize_topk=fields.flag("norm_topk_prob", False),
         weight_on_input=False,
-        rope=_rope(fields, "half"),
+        rope=rope_of(fields, "half"),
         qk_norm="weighted_before_rope",
         chunk_size=None,
         temperature=None,
@@ -313,15 +199,17 @@ def _qwen3_moe(architecture: str, fields: _Fields) -> ModelSpec:
     )
 
 
-_READERS: dict[str, Callable[[str, _Fields], ModelSpec]] = {
+_READERS: dict[str, Callable[[str, Fields], ModelSpec]] = {
     "Llama4ForConditionalGeneration": _llama4,
     "Llama4ForCausalLM": _llama4,
     "Qwen3MoeForCausalLM": _qwen3_moe,
+    **FAMILY_READERS,
 }
 _BY_MODEL_TYPE = {
     "llama4": "Llama4ForConditionalGeneration",
     "llama4_text": "Llama4ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
 }
 
 

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from moecli.errors import MoecliError
 from moecli.models.config import DenseTensor, ModelSpec
-from quant.items import DenseItem, ExpertItem, TensorSlice
+from quant.items import PROJECTIONS, DenseItem, ExpertItem, TensorSlice
+from quant.pack_quantized import EXPERT_TARGETS
 from quant.scheme import QuantScheme
 
 W = TypeVar("W")
@@ -25,8 +26,10 @@ class FamilyNames:
     mlp: str  # of a layer without experts
     experts: str
     fused_transposed: bool  # fused experts are stored [E, in, out] instead of [E, out, in]
+    projections: tuple[str, str, str] = PROJECTIONS  # gate, up and down of an unfused expert
 
 
+_MIXTRAL_PROJECTIONS = ("w1", "w3", "w2")
 FAMILIES = {
     "llama4": FamilyNames(
         router="feed_forward.router",
@@ -37,6 +40,25 @@ FAMILIES = {
     ),
     "qwen3_moe": FamilyNames(
         router="mlp.gate", shared=None, mlp="mlp", experts="mlp.experts", fused_transposed=False
+    ),
+    "mixtral": FamilyNames(
+        router="block_sparse_moe.gate",
+        shared=None,
+        mlp="mlp",
+        experts="block_sparse_moe.experts",
+        fused_transposed=False,
+        projections=_MIXTRAL_PROJECTIONS,
+    ),
+}
+# What a family's models call their modules in memory, where their checkpoints call them otherwise.
+_IN_MEMORY = {
+    "mixtral": FamilyNames(
+        router="mlp.gate",
+        shared=None,
+        mlp="mlp",
+        experts="mlp.experts",
+        fused_transposed=False,
+        projections=_MIXTRAL_PROJECTIONS,
     ),
 }
 _NORMS = {
@@ -54,6 +76,7 @@ class Conversion:
     experts: tuple[ExpertItem, ...]  # by layer, then expert
     dense: tuple[DenseItem, ...]
     ignore: tuple[str, ...]  # linears kept in 16 bits, as quantization_config names them
+    expert_targets: tuple[str, ...]  # linears of experts, likewise
 
 
 class CheckpointNames:
@@ -62,8 +85,12 @@ class CheckpointNames:
     def __init__(self, spec: ModelSpec, names: Collection[str]) -> None:
         """`names`: all tensors of the checkpoint; raises MoecliError if no embedding is there."""
         self.spec = spec
-        self.family = FAMILIES[spec.family]
         self.body = _prefix_of(_EMBEDDING, names)
+        self.family = FAMILIES[spec.family]
+        other = _IN_MEMORY.get(spec.family)
+        if other is not None:
+            router = f"{self.body}layers.{spec.moe_layers[0]}.{other.router}.weight"
+            self.family = other if router in names else self.family
         heads = [name for name in names if name.rpartition(".")[0].endswith("lm_head")]
         self.head = min(heads, key=len).rpartition(".")[0] if heads else "lm_head"
 
@@ -156,7 +183,8 @@ def plan_conversion(
         used.add(names.head + ".weight")  # a stored copy of the embedding
     rest = [name for name in shapes if name not in used]
     dense += [DenseItem(name, TensorSlice(name, None, False, None), None) for name in rest]
-    return Conversion(experts, tuple(dense), _ignored(names, rest, dense_scheme))
+    ignored = _ignored(names, rest, dense_scheme)
+    return Conversion(experts, tuple(dense), ignored, _expert_targets(names))
 
 
 def _require(shapes: Shapes, name: str, expected: tuple[int, ...]) -> None:
@@ -188,22 +216,19 @@ def _expert_items(
     """The experts of one layer, fused into two tensors or three linears each."""
     spec, module = names.spec, names.experts(layer)
     count, hidden, inner = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
+    written = names.family.projections
     if f"{module}.gate_up_proj" not in shapes:
+        sizes = ((inner, hidden), (inner, hidden), (hidden, inner))
         return [
             ExpertItem(
                 layer,
                 expert,
                 names.expert(layer, expert),
                 *(
-                    TensorSlice(
-                        take(f"{module}.{expert}.{part}_proj.weight", *shape), None, False, None
-                    )
-                    for part, shape in (
-                        ("gate", (inner, hidden)),
-                        ("up", (inner, hidden)),
-                        ("down", (hidden, inner)),
-                    )
+                    TensorSlice(take(f"{module}.{expert}.{name}.weight", *shape))
+                    for name, shape in zip(written, sizes, strict=True)
                 ),
+                names=written,
             )
             for expert in range(count)
         ]
@@ -221,9 +246,18 @@ def _expert_items(
             TensorSlice(gate_up, expert, flip, (0, inner)),
             TensorSlice(gate_up, expert, flip, (inner, 2 * inner)),
             TensorSlice(down, expert, flip, None),
+            written,
         )
         for expert in range(count)
     ]
+
+
+def _expert_targets(names: CheckpointNames) -> tuple[str, ...]:
+    """A pattern of the linears of unfused experts."""
+    if names.family.projections == PROJECTIONS:
+        return EXPERT_TARGETS
+    endings = "|".join(names.family.projections)
+    return (rf"re:.*\.experts\..*\.({endings})$",)
 
 
 def _ignored(

@@ -9,6 +9,7 @@ import torch
 from moecli.errors import MoecliError
 from moecli.models.config import LayerSpec, ModelSpec, RopeScaling, RopeSpec, TemperatureSpec
 from moecli.models.rope import inverse_frequencies, magnitude
+from tests.models.released import MIXTRAL
 from tests.models.tiny_models import oracle
 
 SCOUT_TEXT = {
@@ -102,7 +103,7 @@ QWEN3 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3}
+RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3, "mixtral": MIXTRAL}
 
 
 def changed(config, **changes):
@@ -148,6 +149,16 @@ def test_qwen3_30b_a3b():
     assert spec.normalize_topk
     assert not spec.weight_on_input
     assert spec.rope == RopeSpec("half", 1000000.0)
+    assert set(spec.layers) == {LayerSpec("full", rope=True, moe=True)}
+
+
+def test_mixtral_8x7b():
+    spec = ModelSpec.from_hf(MIXTRAL)
+    assert spec.num_params == 46_702_792_704
+    assert round(spec.num_active_params / 1e8) == 129
+    assert spec.router == "softmax"
+    assert spec.normalize_topk
+    assert spec.qk_norm == "none"
     assert set(spec.layers) == {LayerSpec("full", rope=True, moe=True)}
 
 
@@ -267,6 +278,7 @@ REFUSED = {
     "scaling factor missing": (changed(SCOUT, rope_scaling={"type": "llama3"}), "`factor`"),
     "activation": (changed(QWEN3, hidden_act="gelu"), "gelu"),
     "sliding": (changed(QWEN3, use_sliding_window=True), "use_sliding_window"),
+    "mixtral's window": (changed(MIXTRAL, sliding_window=4096), "sliding_window"),
     "short list": (changed(SCOUT, no_rope_layers=[1, 0]), "no_rope_layers.*2 entries"),
     "layer type": (changed(SCOUT, layer_types=["mamba"] * 48), "mamba"),
     "head groups": (changed(QWEN3, num_key_value_heads=5), "no multiple"),

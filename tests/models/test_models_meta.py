@@ -9,6 +9,7 @@ from test_models_config import MAVERICK, QWEN3, SCOUT, SCOUT_TEXT, changed
 from moecli.models.config import ModelSpec
 from moecli.models.naming import plan_conversion
 from quant.scheme import QuantScheme
+from tests.models.released import MIXTRAL
 
 TEXT_ONLY = SCOUT_TEXT | {"architectures": ["Llama4ForCausalLM"]}
 CONFIGS = {
@@ -18,6 +19,7 @@ CONFIGS = {
     "qwen3": QWEN3,
     "qwen3-tied": QWEN3 | {"tie_word_embeddings": True, "attention_bias": True},
     "qwen3-mixed": QWEN3 | {"mlp_only_layers": [0, 5], "decoder_sparse_step": 2},
+    "mixtral": MIXTRAL,
     "maverick-every-third": changed(MAVERICK, interleave_moe_layer_step=3),
 }
 

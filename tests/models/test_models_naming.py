@@ -14,10 +14,11 @@ from moecli.models.naming import CheckpointNames, dense_loader, plan_conversion
 from quant import ops
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
 from quant.convert import ConversionJob, convert
-from quant.items import TensorSlice
+from quant.items import PROJECTIONS, TensorSlice
 from quant.pack_quantized import quantization_config
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme
+from tests.models.families import FAMILIES
 from tests.models.tiny_models import (
     decoder_of,
     expected_logits,
@@ -28,24 +29,11 @@ from tests.models.tiny_models import (
 )
 
 INT4, INT8 = QuantScheme(4, 32), QuantScheme(8, 32)
-WIDE = {"hidden_size": 64, "head_dim": 32}
-SOURCES = {
-    "llama4": ("llama4", {"intermediate_size": 32, **WIDE}),
-    "llama4_interleaved": (
-        "llama4",
-        {
-            "intermediate_size": 32,
-            "intermediate_size_mlp": 64,
-            "interleave_moe_layer_step": 2,
-            "tie_word_embeddings": True,
-            **WIDE,
-        },
-    ),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {"moe_intermediate_size": 32, "intermediate_size": 64, "mlp_only_layers": [1], **WIDE},
-    ),
-}
+SOURCES = {name: (name, family.wide) for name, family in FAMILIES.items()}
+SOURCES["llama4_interleaved"] = (
+    "llama4",
+    FAMILIES["llama4"].wide | {"interleave_moe_layer_step": 2, "tie_word_embeddings": True},
+)
 
 
 def shapes_of(model):
@@ -54,8 +42,10 @@ def shapes_of(model):
 
 def unfused(model):
     """The tensors of a model with its experts one Linear each, as quantizing tools write them."""
-    found = {}
+    found, family = {}, model.config.model_type.removesuffix("_text")
     for name, tensor in model.state_dict().items():
+        if family == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
         module, _, last = name.rpartition(".")
         if last not in ("gate_up_proj", "down_proj"):
             found[name] = tensor
@@ -63,7 +53,8 @@ def unfused(model):
         tensor = tensor.mT if "feed_forward" in name else tensor  # [E, out, in]
         for expert, weight in enumerate(tensor):
             parts = weight.chunk(2) if last == "gate_up_proj" else [weight]
-            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+            names = ("w1", "w3", "w2") if family == "mixtral" else PROJECTIONS
+            names = names[:2] if last == "gate_up_proj" else names[2:]
             for part, rows in zip(names, parts, strict=True):
                 found[f"{module}.{expert}.{part}.weight"] = rows
     return found
@@ -71,7 +62,7 @@ def unfused(model):
 
 @pytest.mark.parametrize("prefix", ["", "model.", "language_model.model.", "model.language_model."])
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_prefix_and_layout_gives_the_same_model(family, fused, prefix):
     """Names stay under the prefix of the source, experts become one Linear each."""
     model = oracle(family)
@@ -83,6 +74,7 @@ def test_every_prefix_and_layout_gives_the_same_model(family, fused, prefix):
     }
     plan = plan_conversion(spec_of(model), {name: t.shape for name, t in tensors.items()}, INT8)
     block = "feed_forward" if family == "llama4" else "mlp"
+    block = "block_sparse_moe" if family == "mixtral" and not fused else block
     assert plan.experts[1].prefix == f"{prefix}layers.0.{block}.experts.1"
     names = {item.name for item in plan.dense}
     assert f"{prefix}layers.1.self_attn.q_proj" in names
@@ -212,9 +204,12 @@ def test_the_loader_names_what_is_missing():
         weights("layers.2.v_proj")
 
 
+BIASED = {name: {"attention_bias": True} for name in ("llama4", "qwen3_moe")}
+
+
 def test_every_dense_tensor_has_a_name_of_its_own():
-    for family in ("llama4", "qwen3_moe"):
-        model = oracle(family, attention_bias=True)
+    for family in FAMILIES:
+        model = oracle(family, **BIASED.get(family, {}))
         names = CheckpointNames(spec_of(model), shapes_of(model))
         found = [names.tensor(tensor.name) for tensor in names.spec.dense_tensors]
         assert sorted(found) == sorted(model_dense(model))
@@ -248,7 +243,9 @@ def quantized(model, directory, dense_scheme):
     config = dict(source.config)
     shapes = {name: info.shape for name, info in source.tensors.items()}
     plan = plan_conversion(ModelSpec.from_hf(config), shapes, dense_scheme)
-    config["quantization_config"] = quantization_config(INT4, dense_scheme, plan.ignore)
+    config["quantization_config"] = quantization_config(
+        INT4, dense_scheme, plan.ignore, plan.expert_targets
+    )
     job = ConversionJob(
         source, directory / "out", INT4, dense_scheme, plan.experts, plan.dense, config
     )
@@ -257,7 +254,7 @@ def quantized(model, directory, dense_scheme):
 
 
 def decoder_over(checkpoint):
-    """Our decoder; experts as transformers expands them: Qwen3's to bf16, Llama 4's not at all."""
+    """Our decoder; experts as transformers expands them: to bf16, or Llama 4's not at all."""
     spec = ModelSpec.from_hf(dict(checkpoint.config))
 
     def load(layer, expert):
@@ -267,7 +264,7 @@ def decoder_over(checkpoint):
             blob = torch.frombuffer(bytearray(file.read(nbytes)), dtype=torch.uint8)
         weights = checkpoint.layout.views(blob)
         parts = (weights.gate, weights.up, weights.down)
-        if spec.family == "qwen3_moe":
+        if FAMILIES[spec.family].unfused:
             return tuple(dequantize(part).bfloat16() for part in parts)
         return parts
 

@@ -11,48 +11,16 @@ from moecli.models.decoder import Batch, Decoder
 from moecli.models.moe import FloatExperts
 from moecli.models.naming import dense_loader, plan_conversion
 from moecli.models.provider import ExpertProvider
-
-LLAMA4 = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "intermediate_size_mlp": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 4,
-    "attention_chunk_size": 8,
-    "floor_scale": 4,
-    "attn_scale": 0.5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-}
-QWEN3_MOE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-}
+from tests.models.families import FAMILIES
 
 
 def oracle(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A model of transformers with weights so large that logits and routing are far from flat."""
     import transformers
 
-    if family == "llama4":
-        config = transformers.Llama4TextConfig(**(LLAMA4 | changes))
-        kind = transformers.Llama4ForCausalLM
-    else:
-        config = transformers.Qwen3MoeConfig(**(QWEN3_MOE | changes))
-        kind = transformers.Qwen3MoeForCausalLM
-    model = kind(config).float().eval()
+    known = FAMILIES[family]
+    config = getattr(transformers, known.config)(**(known.sizes | changes))
+    model = getattr(transformers, known.model)(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

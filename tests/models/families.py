@@ -1,0 +1,153 @@
+"""The registry of families: tiny random models, what is varied, what each was released as.
+
+Tests are parametrized by it and docs/models.md is made of it, so that neither says more than is
+checked.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LENGTH = 45  # tokens of a sequence: five chunks or windows of 8 and a rest
+BORDER = 8  # tokens of a chunk of attention, or of a sliding window, where a family has them
+
+_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+# Sizes that groups of 32 divide: of a model that is quantized.
+_WIDE = {"hidden_size": 64, "head_dim": 32}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_LLAMA3 = {"rope_parameters": _LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family by its `model_type`, and how its tests build and vary it."""
+
+    model_type: str
+    config: str  # classes of transformers
+    model: str
+    sizes: dict[str, Any]
+    variants: dict[str, dict[str, Any]]  # what is changed in a tiny model, by a word for it
+    wide: dict[str, Any]  # changes that make a tiny model one that can be quantized
+    unfused: bool  # transformers expands the experts of a quantized checkpoint to bf16
+    compiled: bool = True  # steps of few tokens are compiled calls on the processor
+    chunked: bool = False  # some layers see one chunk of BORDER tokens
+    released: tuple[str, ...] = ()  # names of moecli.known whose tensors are counted at full size
+    notes: tuple[str, ...] = field(default=())  # what is not done, for people
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "llama4",
+            "Llama4TextConfig",
+            "Llama4ForCausalLM",
+            _SIZES
+            | {
+                "intermediate_size": 24,
+                "intermediate_size_mlp": 40,
+                "num_hidden_layers": 4,
+                "num_local_experts": 4,
+                "attention_chunk_size": BORDER,
+                "floor_scale": 4,
+                "attn_scale": 0.5,
+            },
+            {
+                "plain": {},
+                "no_qk_norm": {"use_qk_norm": False},
+                "maverick": {"interleave_moe_layer_step": 2, "use_qk_norm": False},
+                "explicit_moe_layers": {"moe_layers": [0, 3]},
+                "no_tuning": {"attn_temperature_tuning": False},
+                "rope_layers": {"no_rope_layers": [0, 1, 0, 1]},
+                "no_rope_layers_empty": {"no_rope_layers": []},
+                "all_full": {"layer_types": ["full_attention"] * 4},
+                "tied": {"tie_word_embeddings": True},
+                "bias": {"attention_bias": True},
+                "top2": {"num_experts_per_tok": 2},
+                "llama3": _LLAMA3,
+                "llama3_low_equals_high": {
+                    "rope_parameters": _LLAMA3_ROPE
+                    | {"low_freq_factor": 1.0, "high_freq_factor": 1.0}
+                },
+                "chunk_of_5_one_kv_head": {"attention_chunk_size": 5, "num_key_value_heads": 1},
+                "chunk_beyond_length": {"attention_chunk_size": 64, "num_key_value_heads": 4},
+            },
+            {"intermediate_size": 32, "intermediate_size_mlp": 64, **_WIDE},
+            unfused=False,
+            chunked=True,
+            released=("llama4-scout", "llama4-maverick"),
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeConfig",
+            "Qwen3MoeForCausalLM",
+            _SIZES
+            | {
+                "intermediate_size": 40,
+                "moe_intermediate_size": 24,
+                "num_hidden_layers": 3,
+                "num_experts": 6,
+                "num_experts_per_tok": 2,
+            },
+            {
+                "plain": {},
+                "norm_topk": {"norm_topk_prob": True},
+                "sparse_step": {"decoder_sparse_step": 2},
+                "mlp_only": {"mlp_only_layers": [0, 2]},
+                "bias": {"attention_bias": True},
+                "tied": {"tie_word_embeddings": True},
+                "no_head_groups": {"num_key_value_heads": 4},
+                "llama3": _LLAMA3,
+                "yarn": {"rope_parameters": _YARN_ROPE},
+            },
+            {
+                "moe_intermediate_size": 32,
+                "intermediate_size": 64,
+                "mlp_only_layers": [1],
+                **_WIDE,
+            },
+            unfused=True,
+            released=("qwen3-30b-a3b",),
+        ),
+        Family(
+            "mixtral",
+            "MixtralConfig",
+            "MixtralForCausalLM",
+            _SIZES
+            | {
+                "intermediate_size": 24,
+                "num_hidden_layers": 3,
+                "num_local_experts": 6,
+                "num_experts_per_tok": 2,
+            },
+            {
+                "plain": {},
+                "top3": {"num_experts_per_tok": 3},
+                "tied": {"tie_word_embeddings": True},
+                "no_head_groups": {"num_key_value_heads": 4},
+            },
+            {"intermediate_size": 32, **_WIDE},
+            unfused=True,
+            released=("mixtral-8x7b",),
+        ),
+    )
+}
+VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
