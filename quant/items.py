@@ -55,12 +55,14 @@ class ExpertItem:
 @dataclass(frozen=True)
 class DenseItem:
     """Any other tensor. With a scheme, `name` is that of the Linear (`...q_proj`) and it is
-    quantized; without, `name` is that of the tensor and it is kept (fp32 and fp64 become bf16).
+    quantized; without, `name` is that of the tensor and it is kept (fp32 and fp64 become bf16,
+    unless it is `exact`).
     """
 
     name: str
     source: TensorSlice
     scheme: QuantScheme | None
+    exact: bool = False
 
 
 def shape_of(source: Checkpoint, part: TensorSlice) -> tuple[int, ...]:

@@ -214,7 +214,7 @@ def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) ->
 def _dense_unit(source: Checkpoint, item: DenseItem) -> Unit:
     info, shape = source.info(item.source.name), shape_of(source, item.source)
     unit = Unit(
-        (OutputTensor(item.name, kept_dtype(info.dtype), shape),),
+        (OutputTensor(item.name, info.dtype if item.exact else kept_dtype(info.dtype), shape),),
         source=item.source,
         label=item.name,
         source_nbytes=stored_nbytes(source, item.source),

@@ -1,6 +1,7 @@
 """Knows attention over the KV caches of a ragged batch, with RoPE and q/k norms; no experts.
 
-Legend of the shapes: T new tokens, L tokens looked at, N query heads, K key heads, D head size.
+Legend of the shapes: T new tokens, L tokens looked at, N query heads, K key heads, D head size,
+R of it turned by RoPE: all, unless the family turns a part.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Heads:
     norm_weight: Tensor | None  # [N + K, D]
     tempered: bool  # queries are scaled by the temperature of their position
     eps: float
+    partial: bool = False  # RoPE turns only the first components of a head
 
     @classmethod
     def of(cls, spec: ModelSpec, layer: int, norm_weight: Tensor | None) -> "Heads":
@@ -53,7 +55,8 @@ class Heads:
             norm = "after"
         tempered = spec.temperature is not None and not rope
         kind = spec.rope.kind if rope else "none"
-        return cls(layer, kind, norm, norm_weight, tempered, spec.rms_norm_eps)
+        partial = bool(rope) and spec.rotary_size not in (None, spec.head_dim)
+        return cls(layer, kind, norm, norm_weight, tempered, spec.rms_norm_eps, partial)
 
 
 class Step(Protocol):
@@ -86,11 +89,12 @@ class Positions:
 
     def __init__(self, spec: ModelSpec, device: torch.device | str = "cpu") -> None:
         self.temperature = spec.temperature
-        self.inverse_frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
+        turning = spec.rotary_size or spec.head_dim
+        self.inverse_frequencies = inverse_frequencies(spec.rope, turning).to(device)
         self.magnitude = magnitude(spec.rope)
 
     def turns(self, positions: Tensor) -> Tensor:
-        """positions [T] -> complex64 [T, D / 2], of magnitude one unless RoPE scales it."""
+        """positions [T] -> complex64 [T, R / 2], of magnitude one unless RoPE scales it."""
         angles = positions.float()[:, None] * self.inverse_frequencies
         return torch.polar(torch.full_like(angles, self.magnitude), angles)
 
@@ -108,7 +112,7 @@ class BatchStep:
 
     slices: tuple[SequenceSlice, ...]
     rows: list[int] | None
-    turns: Tensor  # [T, D / 2] complex64: RoPE of each token
+    turns: Tensor  # [T, R / 2] complex64: RoPE of each token
     temperature: Tensor | None  # [T, 1, 1] fp32 factor of queries without RoPE; None: all ones
     looks_ahead: bool = True
 
@@ -222,7 +226,9 @@ class Attention:
         self.projections = [weights(prefix + name) for name in names]
         self.biases: list[Tensor | None] = [None] * 4
         if spec.attention_bias:
-            self.biases = [dense(weights, f"{prefix}{name}.bias").to(dtype) for name in names]
+            biased = names if spec.output_bias else names[:3]
+            found = [dense(weights, f"{prefix}{name}.bias").to(dtype) for name in biased]
+            self.biases[: len(found)] = found
         norm_weight: Tensor | None = None
         if spec.qk_norm == "weighted_before_rope":
             counts = (spec.num_heads, spec.num_kv_heads)

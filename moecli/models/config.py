@@ -3,7 +3,7 @@
 Legend of the shapes: T tokens, H hidden, D head size, E experts, I intermediate, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 AttentionKind = Literal["full", "chunked"]
 RopeKind = Literal["interleaved", "half"]
 QkNorm = Literal["none", "weighted_before_rope", "weightless_after_rope"]
-RouterKind = Literal["softmax", "sigmoid"]
+RouterKind = Literal["softmax", "sigmoid", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ class TemperatureSpec:
 
 
 @dataclass(frozen=True)
+class GroupedRouting:
+    """Experts are chosen by sigmoid and a learned correction, in some groups of them alone."""
+
+    num_groups: int  # of as many experts each; 1: no groups
+    groups_per_token: int
+    scale: float  # by which weights are multiplied in the end
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What one decoder layer does."""
 
@@ -67,11 +76,15 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A tensor outside the routed experts, by our own name; `linear`: fit to be quantized."""
+    """A tensor outside the routed experts, by our own name; `linear`: fit to be quantized.
+
+    `exact`: fp32, wherever its source is.
+    """
 
     name: str
     shape: tuple[int, ...]
     linear: bool = False
+    exact: bool = False
 
     @property
     def numel(self) -> int:
@@ -106,6 +119,9 @@ class ModelSpec:
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_context: int
+    grouped_routing: GroupedRouting | None = None  # of the router "grouped"
+    output_bias: bool = True  # where attention has biases, its output projection has one too
+    rotary_size: int | None = None  # components of a head that RoPE turns, the first; None: all
     num_vision_params: int = 0  # vision tower and projector of a multimodal checkpoint
 
     @staticmethod
@@ -148,16 +164,22 @@ class ModelSpec:
         found = [DenseTensor("input_norm", (hidden,))]
         found += [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
         if self.attention_bias:
-            found += [DenseTensor(f"{name}.bias", shape[:1]) for name, shape in shapes.items()]
+            found += [
+                DenseTensor(f"{name}.bias", shape[:1])
+                for name, shape in shapes.items()
+                if name != "o_proj" or self.output_bias
+            ]
         if self.qk_norm == "weighted_before_rope":
             found += [DenseTensor(name, (self.head_dim,)) for name in ("q_norm", "k_norm")]
         found.append(DenseTensor("post_norm", (hidden,)))
         if layer.moe:
             found.append(DenseTensor("router", (self.num_experts, hidden)))
+            if self.grouped_routing is not None:
+                found.append(DenseTensor("router.correction", (self.num_experts,), exact=True))
             found += _mlp_tensors("shared", hidden, self.shared_intermediate_size)
         else:
             found += _mlp_tensors("mlp", hidden, self.dense_intermediate_size)
-        return [DenseTensor(f"layers.{index}.{t.name}", t.shape, t.linear) for t in found]
+        return [replace(t, name=f"layers.{index}.{t.name}") for t in found]
 
     @property
     def num_text_params(self) -> int:

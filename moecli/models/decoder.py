@@ -47,8 +47,8 @@ class Lookahead:
         """hidden [T, H]; tells the provider of experts."""
         if hidden.shape[0] not in self.tokens:
             return
-        logits = linear(rms_norm(hidden, self.norm, self.eps), self.block.router.weight)  # [T, E]
-        self.tell(logits.topk(self.guesses, dim=-1).indices)
+        normed = rms_norm(hidden, self.norm, self.eps)
+        self.tell(self.block.router.guess(normed, self.guesses))
 
     def tell(self, topk_ids: Tensor) -> None:
         """The provider, what will probably be chosen, [T, guesses]."""

@@ -39,7 +39,7 @@ class FewTokens:
 
     @classmethod
     def of(cls, library: Library, layers: Sequence["DecoderLayer"]) -> "FewTokens | None":
-        """None where a weight is of a kind that the compiled calls cannot read."""
+        """None where there is something that the compiled calls do not know, or cannot read."""
         calls = [FewTokensLayer.of(library, index, layer) for index, layer in enumerate(layers)]
         found = [call for call in calls if call is not None]
         return cls(library, found) if len(found) == len(calls) else None
@@ -204,6 +204,8 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
         guess.top_k = layer.lookahead.guesses
     if q is None or k is None or v is None or o is None or not all(found):
         return None
+    if heads.partial:
+        return None
     if not few.share_input((q, k, v)):
         return None
     norm = heads.norm_weight
@@ -220,9 +222,9 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
 
 
 def _fill_router(argument: few.RouterArgument, router: object) -> bool:
-    """False where it is a stand-in for one, or its weight of a kind that cannot be read."""
+    """False where it is a stand-in for one, of a kind that is not compiled, or its weight is."""
     weight = few.weight_argument(router.weight) if isinstance(router, Router) else None
-    if not isinstance(router, Router) or weight is None:
+    if not isinstance(router, Router) or weight is None or router.grouped is not None:
         return False
     argument.weight, argument.top_k = weight, router.top_k
     argument.sigmoid, argument.normalize = router.kind == "sigmoid", router.normalize

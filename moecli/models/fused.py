@@ -110,7 +110,10 @@ def gather_rows(address: Tensor, ids: Tensor, hidden_size: int, dtype: torch.dty
 
 
 def rotate(x: Tensor, turns: Tensor, rope: str) -> Tensor:
-    """x [T, heads, D] turned by unit complex numbers [T, D / 2], computed in fp32."""
+    """x [T, heads, D], its first R components turned by complex numbers [T, R / 2], in fp32."""
+    size = 2 * turns.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], turns, rope), x[..., size:]), dim=-1)
     y = x.float()
     if rope == "interleaved":
         pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
@@ -123,7 +126,7 @@ def rotate(x: Tensor, turns: Tensor, rope: str) -> Tensor:
 def position_heads(
     q: Tensor,  # [T, N, D]
     k: Tensor,  # [T, K, D]
-    turns: Tensor,  # complex64 [T, D / 2]
+    turns: Tensor,  # complex64 [T, R / 2]
     temperature: Tensor | None,  # fp32 [T, 1, 1], of the queries
     norm_weight: Tensor | None,  # [N + K, D]
     rope: str,  # "interleaved", "half" or "none"

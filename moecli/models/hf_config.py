@@ -16,7 +16,7 @@ from moecli.models.config import (
 from moecli.models.hf_families import FAMILY_READERS
 from moecli.models.hf_fields import CONFIG_HINT, Fields, common_of, rope_of
 
-_SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral"
+_SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe"
 BITSANDBYTES = "bitsandbytes"
 
 
@@ -210,6 +210,7 @@ _BY_MODEL_TYPE = {
     "llama4_text": "Llama4ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
 
 

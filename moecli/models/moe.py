@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moecli.models.attention import Weight, Weights
+from moecli.models.attention import Weight, Weights, dense
 from moecli.models.config import ModelSpec
 from moecli.models.fused import choose_experts, silu_mul
 from moecli.models.provider import ExpertProvider, Ready
+from moecli.models.routing import choose_grouped
 from quant.ops import linear
 
 FloatExpert = tuple[Tensor, Tensor, Tensor]  # gate [I, H], up [I, H], down [H, I]
@@ -40,6 +41,8 @@ class Routing(Protocol):
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def guess(self, x: Tensor, count: int) -> Tensor: ...
+
 
 class Router:
     """Which experts a token goes to, and how much they count."""
@@ -49,11 +52,29 @@ class Router:
         self.top_k = spec.experts_per_token
         self.normalize = spec.normalize_topk
         self.weight = weights(f"layers.{layer}.router")  # [E, H]
+        self.grouped = spec.grouped_routing
+        self.correction: Tensor | None = None  # fp32 [E]
+        if self.grouped is not None:
+            self.correction = dense(weights, f"layers.{layer}.router.correction").float()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> topk_ids [T, k] int64, topk_weights [T, k] in x.dtype."""
+        if self.grouped is None:
+            logits = linear(x, self.weight)  # [T, E]
+            return choose_experts(logits, self.top_k, self.kind, self.normalize)
+        assert self.correction is not None, "a grouped router without its correction"
+        logits = linear(x.float(), self.weight)
+        ids, weights = choose_grouped(
+            logits, self.correction, self.top_k, self.grouped, self.normalize
+        )
+        return ids, weights.to(x.dtype)
+
+    def guess(self, x: Tensor, count: int) -> Tensor:
+        """The `count` experts [T, count] that x [T, H] would probably choose."""
         logits = linear(x, self.weight)  # [T, E]
-        return choose_experts(logits, self.top_k, self.kind, self.normalize)
+        if self.correction is not None:
+            logits = logits.float().sigmoid() + self.correction
+        return logits.topk(count, dim=-1).indices
 
 
 class MoeBlock:

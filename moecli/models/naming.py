@@ -1,7 +1,7 @@
 """Knows what checkpoints call the tensors of each family; knows neither files nor numbers."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from moecli.errors import MoecliError
@@ -13,6 +13,7 @@ from quant.scheme import QuantScheme
 W = TypeVar("W")
 Shapes = Mapping[str, tuple[int, ...]]
 _PACKED_SUFFIX = ".weight_packed"
+_BARE = (".bias", "_bias")  # endings of tensors that are no module's `.weight`
 _EMBEDDING = "embed_tokens.weight"
 _REINDEX_HINT = "the checkpoint is incomplete, or its config.json belongs to another"
 
@@ -50,6 +51,7 @@ FAMILIES = {
         projections=_MIXTRAL_PROJECTIONS,
     ),
 }
+FAMILIES["glm4_moe"] = replace(FAMILIES["qwen3_moe"], shared="mlp.shared_experts")
 # What a family's models call their modules in memory, where their checkpoints call them otherwise.
 _IN_MEMORY = {
     "mixtral": FamilyNames(
@@ -106,7 +108,7 @@ class CheckpointNames:
     def tensor(self, tensor: str) -> str:
         """The full name of one of `spec.dense_tensors` as it is when not quantized."""
         module = self.module(tensor)
-        return module if module.endswith(".bias") else module + ".weight"
+        return module if module.endswith(_BARE) else module + ".weight"
 
     def expert(self, layer: int, expert: int) -> str:
         """The module of an unfused expert, which is how experts are written."""
@@ -122,6 +124,8 @@ class CheckpointNames:
             return _NORMS[local]
         if local == "router":
             return self.family.router
+        if local == "router.correction":
+            return f"{self.family.router}.e_score_correction_bias"
         if block == "shared":
             return f"{self.family.shared}.{rest}"
         if block == "mlp":
@@ -207,7 +211,7 @@ def _dense_item(
     source = TensorSlice(take(names.tensor(tensor.name), *tensor.shape), None, False, None)
     if tensor.linear and scheme is not None:
         return DenseItem(names.module(tensor.name), source, scheme)
-    return DenseItem(source.name, source, None)
+    return DenseItem(source.name, source, None, tensor.exact)
 
 
 def _expert_items(
@@ -218,17 +222,19 @@ def _expert_items(
     count, hidden, inner = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
     written = names.family.projections
     if f"{module}.gate_up_proj" not in shapes:
-        sizes = ((inner, hidden), (inner, hidden), (hidden, inner))
+
+        def part(expert: int, place: int, *shape: int) -> TensorSlice:
+            return TensorSlice(take(f"{module}.{expert}.{written[place]}.weight", *shape))
+
         return [
             ExpertItem(
                 layer,
                 expert,
                 names.expert(layer, expert),
-                *(
-                    TensorSlice(take(f"{module}.{expert}.{name}.weight", *shape))
-                    for name, shape in zip(written, sizes, strict=True)
-                ),
-                names=written,
+                part(expert, 0, inner, hidden),
+                part(expert, 1, inner, hidden),
+                part(expert, 2, hidden, inner),
+                written,
             )
             for expert in range(count)
         ]

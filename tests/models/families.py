@@ -148,6 +148,46 @@ FAMILIES = {
             unfused=True,
             released=("mixtral-8x7b",),
         ),
+        Family(
+            "glm4_moe",
+            "Glm4MoeConfig",
+            "Glm4MoeForCausalLM",
+            _SIZES
+            | {
+                "intermediate_size": 40,
+                "moe_intermediate_size": 24,
+                "num_hidden_layers": 3,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 3,
+                "attention_bias": True,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 100.0,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+            {
+                "plain": {},
+                "groups": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+                "two_groups_one_taken": {"n_group": 2, "topk_group": 1},
+                "no_normalizing": {"norm_topk_prob": False},
+                "qk_norm": {"use_qk_norm": True},
+                "no_bias": {"attention_bias": False},
+                "all_moe_two_shared": {"first_k_dense_replace": 0, "n_shared_experts": 2},
+                "tied": {"tie_word_embeddings": True},
+                "all_turns": {
+                    "rope_parameters": {
+                        "rope_type": "default",
+                        "rope_theta": 100.0,
+                        "partial_rotary_factor": 1.0,
+                    }
+                },
+            },
+            {"moe_intermediate_size": 32, "intermediate_size": 64, **_WIDE},
+            unfused=True,
+            compiled=False,
+            released=("glm-4.5-air",),
+        ),
     )
 }
 VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]

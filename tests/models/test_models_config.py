@@ -7,10 +7,17 @@ import pytest
 import torch
 
 from moecli.errors import MoecliError
-from moecli.models.config import LayerSpec, ModelSpec, RopeScaling, RopeSpec, TemperatureSpec
+from moecli.models.config import (
+    GroupedRouting,
+    LayerSpec,
+    ModelSpec,
+    RopeScaling,
+    RopeSpec,
+    TemperatureSpec,
+)
 from moecli.models.rope import inverse_frequencies, magnitude
-from tests.models.released import MIXTRAL
-from tests.models.tiny_models import oracle
+from tests.models.released import GLM_4_5_AIR, MIXTRAL
+from tests.models.tiny_models import num_weights, oracle
 
 SCOUT_TEXT = {
     "attention_bias": False,
@@ -104,6 +111,7 @@ QWEN3 = {
     "vocab_size": 151936,
 }
 RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3, "mixtral": MIXTRAL}
+RELEASED["glm4"] = GLM_4_5_AIR
 
 
 def changed(config, **changes):
@@ -162,6 +170,17 @@ def test_mixtral_8x7b():
     assert set(spec.layers) == {LayerSpec("full", rope=True, moe=True)}
 
 
+def test_glm_4_5_air():
+    spec = ModelSpec.from_hf(GLM_4_5_AIR)
+    assert spec.num_params == 106_852_251_264
+    assert [layer.moe for layer in spec.layers] == [False] + [True] * 45
+    assert spec.rotary_size == 64
+    assert spec.grouped_routing == GroupedRouting(1, 1, 1.0)
+    assert "layers.0.q_proj.bias" in [tensor.name for tensor in spec.dense_tensors]
+    assert "layers.0.o_proj.bias" not in [tensor.name for tensor in spec.dense_tensors]
+    assert next(t.name for t in spec.dense_tensors if t.exact) == "layers.1.router.correction"
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_parameters_equal_transformers_on_the_meta_device(name):
     import transformers
@@ -173,7 +192,7 @@ def test_parameters_equal_transformers_on_the_meta_device(name):
             part["num_hidden_layers"] = 4
     with torch.device("meta"):
         model = kind(kind.config_class(**json.loads(json.dumps(config))))
-    assert ModelSpec.from_hf(config).num_params == sum(p.numel() for p in model.parameters())
+    assert ModelSpec.from_hf(config).num_params == num_weights(model)
 
 
 def test_kv_cache_of_scout():
@@ -279,6 +298,10 @@ REFUSED = {
     "activation": (changed(QWEN3, hidden_act="gelu"), "gelu"),
     "sliding": (changed(QWEN3, use_sliding_window=True), "use_sliding_window"),
     "mixtral's window": (changed(MIXTRAL, sliding_window=4096), "sliding_window"),
+    "groups of experts": (changed(GLM_4_5_AIR, n_group=3), "n_group"),
+    "more groups than there are": (changed(GLM_4_5_AIR, n_group=2, topk_group=3), "topk_group"),
+    "groups of one": (changed(GLM_4_5_AIR, n_group=128), "n_group"),
+    "an odd part turns": (changed(GLM_4_5_AIR, partial_rotary_factor=0.01), "partial_rotary"),
     "short list": (changed(SCOUT, no_rope_layers=[1, 0]), "no_rope_layers.*2 entries"),
     "layer type": (changed(SCOUT, layer_types=["mamba"] * 48), "mamba"),
     "head groups": (changed(QWEN3, num_key_value_heads=5), "no multiple"),

@@ -75,7 +75,9 @@ def test_every_prefix_and_layout_gives_the_same_model(family, fused, prefix):
     plan = plan_conversion(spec_of(model), {name: t.shape for name, t in tensors.items()}, INT8)
     block = "feed_forward" if family == "llama4" else "mlp"
     block = "block_sparse_moe" if family == "mixtral" and not fused else block
-    assert plan.experts[1].prefix == f"{prefix}layers.0.{block}.experts.1"
+    assert (
+        plan.experts[1].prefix == f"{prefix}layers.{spec_of(model).moe_layers[0]}.{block}.experts.1"
+    )
     names = {item.name for item in plan.dense}
     assert f"{prefix}layers.1.self_attn.q_proj" in names
     assert f"{prefix}norm.weight" in names

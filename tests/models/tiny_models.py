@@ -32,8 +32,21 @@ def oracle(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
             fan_in = parameter.shape[1] if "experts" in name else parameter.shape[-1]
             scale = 0.5 if "embed" in name or "lm_head" in name else 1.0
             parameter.data = scale * noise * fan_in**-0.5
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):  # as large as what it corrects
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.tie_weights()
     return model
+
+
+def stored_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What counts as weights: parameters, and the one kind of buffer that checkpoints hold."""
+    corrections = {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    return dict(model.named_parameters()) | corrections
+
+
+def num_weights(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in stored_tensors(model).values())
 
 
 def spec_of(model: torch.nn.Module) -> ModelSpec:
