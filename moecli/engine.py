@@ -72,7 +72,7 @@ class Engine:
         self.tokenizer = Tokenizer.open(self.path)
         self.generation_config = _read_generation_config(self.path)
         self.ctx = context_size(config.ctx, self.spec)
-        device = compute_device(config)
+        device = compute_device(config, self.spec)
         weights = dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense)
         self._parts: Parts
         if device is None:

@@ -4,7 +4,8 @@ Legend: T tokens, k choices a token, n choices of one group of experts, H hidden
 layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,19 @@ class OffloadedExperts:
     """
 
     def __init__(
-        self, manager: ExpertManager, layout: ExpertLayout, spec: ModelSpec, usage: ExpertUsage
+        self,
+        manager: ExpertManager,
+        layout: ExpertLayout,
+        spec: ModelSpec,
+        usage: ExpertUsage,
+        biases: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """`usage` counts what is asked for here."""
+        """`usage` counts what is asked for here; `biases`: by layer, fp32 [E, 2 I + H]."""
         self._manager = manager
         self._usage = usage
         self._layout = layout
         self._spec = spec
+        self._biases = biases or {}
         self._stream: Stream | None = None  # the newest
         self._guess: tuple[int, list[int]] | None = None  # a layer and its experts
         total = len(spec.moe_layers) * spec.num_experts
@@ -57,7 +64,9 @@ class OffloadedExperts:
         wanted = sorted(set(topk_ids.flatten().tolist()))
         self._usage.add(layer, wanted)
         self._stream = self._manager.stream(layer, wanted)
-        choices = Choices(hidden, topk_ids, topk_weights, self._layout, self._spec)
+        choices = Choices(
+            *(hidden, topk_ids, topk_weights, self._layout, self._spec), self._biases.get(layer)
+        )
         return PendingExperts(self._stream, len(wanted), choices, self._send_guess_beside)
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
@@ -97,10 +106,16 @@ class Choices:
         topk_weights: Tensor,  # [T, k]
         layout: ExpertLayout,
         spec: ModelSpec,
+        biases: Tensor | None,  # fp32 [E, 2 I + H]
     ) -> None:
         self._chosen = hidden, topk_ids, topk_weights
         self._num_experts = spec.num_experts
-        self._layout, self._weight_on_input = layout, spec.weight_on_input
+        self._layout = layout
+        self._options: dict[str, Any] = {
+            "weight_on_input": spec.weight_on_input,
+            "activation": spec.expert_activation,
+            "biases": biases,
+        }
         self._total: Tensor | None = None  # [T, k, H], once there is more than one group
 
     def compute_all(self, addresses: dict[int, int]) -> Tensor:
@@ -109,7 +124,7 @@ class Choices:
         out = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
         ops.add_routed_experts(
             *(out, *self._chosen, address_table(addresses, self._num_experts), self._layout),
-            weight_on_input=self._weight_on_input,
+            **self._options,
         )
         return out.to(hidden.dtype)
 
@@ -137,9 +152,7 @@ class Choices:
 
     def _contributions(self, hidden: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
         """[tokens, choices, H]"""
-        return ops.routed_experts(
-            *(hidden, ids, weights, table, self._layout), weight_on_input=self._weight_on_input
-        )
+        return ops.routed_experts(*(hidden, ids, weights, table, self._layout), **self._options)
 
 
 class PendingExperts:

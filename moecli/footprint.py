@@ -8,8 +8,7 @@ from quant.scheme import QuantScheme
 
 _KV_ITEMSIZES = {"auto": (2, 0), "bf16": (2, 0), "int8": (1, 2)}  # of a number, and of a scale
 STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
-EXACT_ITEMSIZE = 4  # what must not be rounded
-COMPUTE_ITEMSIZE = 4  # activations are fp32
+COMPUTE_ITEMSIZE = 4  # activations are fp32, and what must not be rounded
 _BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantization
 
 
@@ -26,7 +25,8 @@ def tensor_nbytes(
     """
     assert run_scheme in RUN_SCHEMES, f"no dense scheme is called {run_scheme}"
     if not tensor.linear:
-        return (EXACT_ITEMSIZE if tensor.exact else STORED_ITEMSIZE) * tensor.numel
+        wide = tensor.exact or tensor.expanded
+        return (COMPUTE_ITEMSIZE if wide else STORED_ITEMSIZE) * tensor.numel
     rows, columns = tensor.shape
     if run_scheme == "llm-int8":
         return tensor.numel + 4 * rows  # a byte a weight, and an fp32 scale a row

@@ -18,6 +18,7 @@ from moecli.favourites import Favourites
 from moecli.graphs import captured, eager
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
+from moecli.models.device_step import unknown_on_a_device
 from moecli.processor import KV_DTYPE
 from moecli.selfcheck import FastPaths, fast_paths
 from offload.disk import DiskTier
@@ -33,14 +34,21 @@ StoredWeights = Callable[[str], QuantizedWeight | torch.Tensor]
 GIB = 2**30
 
 
-def compute_device(config: EngineConfig) -> torch.device | None:
+def compute_device(config: EngineConfig, spec: ModelSpec) -> torch.device | None:
     """The device that is to compute; None: the processor.
 
-    Raises MoecliError where a device is asked for and there is none.
+    Raises MoecliError where a device is asked for and there is none, or it cannot run this model.
     """
-    if config.device == SIMULATED:
-        return torch.device("cpu")
-    return torch.device("cuda") if takes_card(config) else None
+    simulated = config.device == SIMULATED
+    if not simulated and not takes_card(config):
+        return None
+    unknown = unknown_on_a_device(spec)
+    if unknown is not None:
+        raise MoecliError(
+            f"moecli cannot compute {unknown} on a graphics card yet, which {spec.family} has",
+            "compute on the processor with `--device cpu`",
+        )
+    return torch.device("cpu" if simulated else "cuda")
 
 
 def device_settings(

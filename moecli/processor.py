@@ -11,6 +11,7 @@ from moecli.kv_cache import KvCache
 from moecli.models.attention import Weights
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
+from moecli.models.moe import expert_biases
 from moecli.session import Session
 from moecli.stepwise import Stepwise
 from offload.disk import DiskTier
@@ -45,7 +46,8 @@ class ProcessorParts:
         assert plan.device_slots == 0, "a plan for a device"
         arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
         self.manager = ExpertManager(disk, arena, keep=keep, trace=trace)
-        self._experts = OffloadedExperts(self.manager, layout, spec, usage)
+        biases = expert_biases(spec, weights)
+        self._experts = OffloadedExperts(self.manager, layout, spec, usage, biases)
         self.decoder = Decoder(
             *(spec, weights, self._experts, COMPUTE_DTYPE),
             guesses=spec.experts_per_token if self._experts.reads_ahead else 0,

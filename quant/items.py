@@ -23,12 +23,13 @@ _TRANSPOSED_ROWS = 256
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A matrix inside a source tensor: tensor[index], then transposed, then rows[a:b]."""
+    """A matrix inside a source tensor: tensor[index], then transposed, then rows[a:b:step]."""
 
     name: str
     index: int | None = None
     transpose: bool = False
     rows: tuple[int, int] | None = None
+    step: int = 1  # 2: every other of these rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def shape_of(source: Checkpoint, part: TensorSlice) -> tuple[int, ...]:
         start, stop = part.rows
         if not shape or not 0 <= start < stop <= shape[0]:
             raise wrong
-        shape = (stop - start, *shape[1:])
+        shape = (len(range(start, stop, part.step)), *shape[1:])
     return shape
 
 
@@ -128,15 +129,17 @@ class SliceReader:
         for size in shape[1:]:
             row_nbytes *= size
         step = _TRANSPOSED_ROWS if part.transpose else max(1, _BLOCK_NBYTES // max(1, row_nbytes))
+        step *= part.step
         for first in range(start, stop, step):
             last = min(first + step, stop)
+            every = slice(first, last, part.step)
             if part.transpose:
                 # Two copies, each along the grain, are several times faster than one across it.
-                yield self._hold(part.name, part.index)[:, first:last].contiguous().t().contiguous()
+                yield self._hold(part.name, part.index)[:, every].contiguous().t().contiguous()
             elif part.index is not None:
-                yield self._hold(part.name, part.index)[first:last]
+                yield self._hold(part.name, part.index)[every]
             else:
-                yield self.source.read_rows(part.name, first, last)
+                yield self.source.read_rows(part.name, first, last)[:: part.step]
 
     def release(self) -> None:
         self._held = self._tensor = None

@@ -44,9 +44,17 @@ class Heads:
     tempered: bool  # queries are scaled by the temperature of their position
     eps: float
     partial: bool = False  # RoPE turns only the first components of a head
+    window: int | None = None  # tokens that one sees, its own included; None: all in the cache
+    sinks: Tensor | None = None  # [N]: scores that take weight and give no value
 
     @classmethod
-    def of(cls, spec: ModelSpec, layer: int, norm_weight: Tensor | None) -> "Heads":
+    def of(
+        cls,
+        spec: ModelSpec,
+        layer: int,
+        norm_weight: Tensor | None,
+        sinks: Tensor | None = None,
+    ) -> "Heads":
         rope = spec.layers[layer].rope
         norm = "none"
         if spec.qk_norm == "weighted_before_rope":
@@ -56,7 +64,9 @@ class Heads:
         tempered = spec.temperature is not None and not rope
         kind = spec.rope.kind if rope else "none"
         partial = bool(rope) and spec.rotary_size not in (None, spec.head_dim)
-        return cls(layer, kind, norm, norm_weight, tempered, spec.rms_norm_eps, partial)
+        window = spec.window if spec.layers[layer].attention == "sliding" else None
+        common = (layer, kind, norm, norm_weight, tempered, spec.rms_norm_eps)
+        return cls(*common, partial, window, sinks)
 
 
 class Step(Protocol):
@@ -124,22 +134,22 @@ class BatchStep:
         pieces, row = [], 0
         for piece in self.slices:
             rows = slice(row, row + piece.length)
-            pieces += self._sequence(heads.layer, piece, q[rows], k[rows], v[rows])
+            pieces += self._sequence(heads, piece, q[rows], k[rows], v[rows])
             row += piece.length
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _sequence(
-        self, layer: int, piece: SequenceSlice, q: Tensor, k: Tensor, v: Tensor
+        self, heads: Heads, piece: SequenceSlice, q: Tensor, k: Tensor, v: Tensor
     ) -> list[Tensor]:
-        """One sequence's tokens, chunk by chunk where the layer is chunked.
+        """One sequence's tokens, chunk by chunk or window by window where the layer has them.
 
         Attention is computed as the cache stores keys and values: expanding a long context to fp32
         for each token would cost several times what attention itself does.
         """
         queries = q.to(piece.cache.attention_dtype)
-        appended = piece.cache.append(layer, piece.start, k, v)
+        appended = piece.cache.append(heads.layer, piece.start, k, v)
         return [
-            attend_kept(queries[first:last], keys, values).to(q.dtype)
+            attend_kept(queries[first:last], keys, values, heads.window, heads.sinks).to(q.dtype)
             for first, last, keys, values in appended
         ]
 
@@ -161,33 +171,52 @@ class StepMaker:
         return BatchStep(batch.slices, rows, self.positions.turns(positions), factors)
 
 
-def attend_kept(queries: Tensor, keys: KeptHeads, values: KeptHeads) -> Tensor:
+def attend_kept(
+    queries: Tensor,
+    keys: KeptHeads,
+    values: KeptHeads,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """`attend`, however keys and values are stored. Many tokens are worth expanding int8 once."""
     if isinstance(keys, Tensor) or isinstance(values, Tensor):
         assert isinstance(keys, Tensor), "keys in int8, values not"
         assert isinstance(values, Tensor), "values in int8, keys not"
-        return attend(queries, keys, values)
+        return attend(queries, keys, values, window, sinks)
     if queries.shape[0] == 1:
-        return attend_one(queries, keys, values)
-    return attend(queries, keys.dequantize(queries.dtype), values.dequantize(queries.dtype))
+        return attend_one(queries, keys, values, sinks)
+    expanded = keys.dequantize(queries.dtype), values.dequantize(queries.dtype)
+    return attend(queries, *expanded, window, sinks)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal attention of the last T of L tokens, scaled by D^-0.5.
 
-    Shapes: queries [T, N, D], keys and values [K, L, D], returns [T, N * D]. Heads of a group share
-    their keys by a zero stride, so nothing is copied.
+    Shapes: queries [T, N, D], keys and values [K, L, D], sinks fp32 [N], returns [T, N * D]. With a
+    window a token sees as many at most, its own included. A single token sees all keys. Heads of a
+    group share their keys by a zero stride, so nothing is copied.
     """
     count, heads, size = queries.shape
     kv_heads, length, _ = keys.shape
     grouped = queries.view(count, kv_heads, heads // kv_heads, size)
     if count == 1:  # the group stands where tokens would: its keys are read once
-        out = F.scaled_dot_product_attention(grouped, keys[None], values[None])
-        return out.reshape(1, -1)
+        rows = grouped
+        of_rows = None if sinks is None else sinks.view(1, kv_heads, -1)
+        return _product(rows, keys[None], values[None], None, of_rows).reshape(1, -1)
     shape = (kv_heads, heads // kv_heads, length, size)
     keys, values = keys[:, None].expand(shape), values[:, None].expand(shape)
     rows = grouped.permute(1, 2, 0, 3)  # [K, N / K, T, D]
-    if count == length:
+    if window is not None or sinks is not None:
+        mask = reversed_mask(count, length, rows.dtype, window)
+        of_rows = None if sinks is None else sinks.view(kv_heads, -1, 1)
+        out = _product(rows.flip(-2), keys, values, mask, of_rows).flip(-2)
+    elif count == length:
         out = F.scaled_dot_product_attention(rows, keys, values, is_causal=True)
     else:
         masked = mask_by_view if queries.is_cpu else mask_by_name
@@ -195,17 +224,41 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(count, -1)
 
 
-def mask_by_view(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention of the last T of L tokens, [..., T, D], with a mask that takes no memory.
+def _product(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention [..., T, D]; `sinks` [..., T] as it broadcasts are scores of their own.
 
-    With its rows reversed, entry (i, j) of that mask depends on i + j alone: the matrix [T, L] is a
-    view of T + L - 1 numbers.
+    What a sink takes of the weight follows from the logarithm of the other scores' sum, so no key
+    has to stand for it among those of the cache.
     """
-    count, length = rows.shape[-2], keys.shape[-2]
-    steps = torch.zeros(length + count - 1, dtype=rows.dtype)
-    steps[length:] = -torch.inf
-    mask = steps.as_strided((count, length), (1, 1))
+    if sinks is None:
+        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    assert rows.is_cpu, "sinks are computed on the processor only"
+    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, keys, values, attn_mask=mask
+    )
+    left: Tensor = (log_sums - sinks).sigmoid()
+    return (out * left[..., None]).to(rows.dtype)
+
+
+def mask_by_view(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the last T of L tokens, [..., T, D], with a mask that takes no memory."""
+    mask = reversed_mask(rows.shape[-2], keys.shape[-2], rows.dtype)
     return F.scaled_dot_product_attention(rows.flip(-2), keys, values, attn_mask=mask).flip(-2)
+
+
+def reversed_mask(count: int, length: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """[T, L] of the last T of L tokens, the last one first: 0 where it sees, else -inf.
+
+    With rows so reversed, entry (i, j) depends on i + j alone: the matrix is a view of T + L - 1
+    numbers.
+    """
+    steps = torch.zeros(length + count - 1, dtype=dtype)
+    steps[length:] = -torch.inf
+    if window is not None:
+        steps[: max(0, length - window)] = -torch.inf
+    return steps.as_strided((count, length), (1, 1))
 
 
 def mask_by_name(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -237,7 +290,8 @@ class Attention:
                 for name, count in zip(("q_norm", "k_norm"), counts, strict=True)
             ]
             norm_weight = torch.cat(stacked)
-        self.heads = Heads.of(spec, layer, norm_weight)
+        sinks = dense(weights, prefix + "sinks").float() if spec.sinks else None
+        self.heads = Heads.of(spec, layer, norm_weight, sinks)
 
     def __call__(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden [T, H], already normalised -> [T, H]."""

@@ -8,10 +8,11 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-AttentionKind = Literal["full", "chunked"]
+AttentionKind = Literal["full", "chunked", "sliding"]
 RopeKind = Literal["interleaved", "half"]
 QkNorm = Literal["none", "weighted_before_rope", "weightless_after_rope"]
-RouterKind = Literal["softmax", "sigmoid", "grouped"]
+RouterKind = Literal["softmax", "sigmoid", "grouped", "softmax_of_chosen"]
+ExpertActivation = Literal["silu", "clamped_swiglu"]
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ class LayerSpec:
 class DenseTensor:
     """A tensor outside the routed experts, by our own name; `linear`: fit to be quantized.
 
-    `exact`: fp32, wherever its source is.
+    `exact`: fp32, wherever its source is. `expanded`: held in fp32, however it is stored.
     """
 
     name: str
     shape: tuple[int, ...]
     linear: bool = False
     exact: bool = False
+    expanded: bool = False
 
     @property
     def numel(self) -> int:
@@ -122,6 +124,11 @@ class ModelSpec:
     grouped_routing: GroupedRouting | None = None  # of the router "grouped"
     output_bias: bool = True  # where attention has biases, its output projection has one too
     rotary_size: int | None = None  # components of a head that RoPE turns, the first; None: all
+    window: int | None = None  # tokens that one of a sliding layer sees, its own included
+    sinks: bool = False  # each head of a layer has a score that takes weight and gives no value
+    router_bias: bool = False
+    expert_bias: bool = False  # all three projections of an expert have one
+    expert_activation: ExpertActivation = "silu"
     num_vision_params: int = 0  # vision tower and projector of a multimodal checkpoint
 
     @staticmethod
@@ -171,9 +178,18 @@ class ModelSpec:
             ]
         if self.qk_norm == "weighted_before_rope":
             found += [DenseTensor(name, (self.head_dim,)) for name in ("q_norm", "k_norm")]
+        if self.sinks:
+            found.append(DenseTensor("sinks", (self.num_heads,)))
         found.append(DenseTensor("post_norm", (hidden,)))
         if layer.moe:
             found.append(DenseTensor("router", (self.num_experts, hidden)))
+            if self.router_bias:
+                found.append(DenseTensor("router.bias", (self.num_experts,)))
+            if self.expert_bias:
+                inner = 2 * self.expert_intermediate_size
+                for name, size in (("gate_up_bias", inner), ("down_bias", hidden)):
+                    shape = (self.num_experts, size)
+                    found.append(DenseTensor(f"experts.{name}", shape, expanded=True))
             if self.grouped_routing is not None:
                 found.append(DenseTensor("router.correction", (self.num_experts,), exact=True))
             found += _mlp_tensors("shared", hidden, self.shared_intermediate_size)
@@ -196,13 +212,18 @@ class ModelSpec:
     def num_active_params(self) -> int:
         """Text weights less the experts that one token does not choose; embeddings count."""
         idle = self.num_experts - self.experts_per_token
-        return self.num_text_params - len(self.moe_layers) * idle * self.expert_numel
+        biases = 2 * self.expert_intermediate_size + self.hidden_size if self.expert_bias else 0
+        return self.num_text_params - len(self.moe_layers) * idle * (self.expert_numel + biases)
 
     def kv_capacity(self, layer: int, ctx: int) -> int:
-        """Tokens that `layer` holds at a context of `ctx`: a chunked layer one chunk at most."""
-        if self.layers[layer].attention == "chunked":
+        """Tokens that `layer` holds at a context of `ctx`: one chunk, or one window, at most."""
+        kind = self.layers[layer].attention
+        if kind == "chunked":
             assert self.chunk_size is not None, "a chunked layer without a chunk size"
             return min(ctx, self.chunk_size)
+        if kind == "sliding":
+            assert self.window is not None, "a sliding layer without a window"
+            return min(ctx, self.window)
         return ctx
 
     def kv_nbytes(self, ctx: int, itemsize: int, scale_itemsize: int = 0) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moecli.kv_cache import KvCache
 from moecli.models.attention import Heads, Positions
+from moecli.models.config import ModelSpec
 from moecli.models.fused import decode_attention, rotate_and_store
 
 SPLIT_SLOTS = 256  # least slots a split of attention is worth having for
@@ -23,6 +24,17 @@ def num_splits(capacity: int, kv_heads: int, device: torch.device) -> int:
         units = torch.cuda.get_device_properties(device).multi_processor_count
     enough = -(-_SPLITS_A_UNIT * units // kv_heads)
     return max(1, min(-(-capacity // SPLIT_SLOTS), enough))
+
+
+def unknown_on_a_device(spec: ModelSpec) -> str | None:
+    """What of this model the operations of a device do not know; None: nothing."""
+    if spec.sinks:
+        return "attention sinks"
+    if any(layer.attention == "sliding" for layer in spec.layers):
+        return "sliding windows"
+    if spec.expert_bias or spec.expert_activation != "silu":
+        return "biases of experts, or an activation that is not SiLU,"
+    return None
 
 
 class DeviceStep:
@@ -47,6 +59,8 @@ class DeviceStep:
 
     def attend(self, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, N, D], k and v [1, K, D] -> [1, N * D]."""
+        assert heads.window is None, "a window in a step on a device"
+        assert heads.sinks is None, "attention sinks in a step on a device"
         keys_values = self._cache.storage(heads.layer)  # [2, K, C, D]
         length = self._ring_length if self._cache.is_ring(heads.layer) else self._length
         queries = rotate_and_store(

@@ -204,7 +204,7 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
         guess.top_k = layer.lookahead.guesses
     if q is None or k is None or v is None or o is None or not all(found):
         return None
-    if heads.partial:
+    if heads.partial or heads.window is not None or heads.sinks is not None:
         return None
     if not few.share_input((q, k, v)):
         return None
@@ -224,7 +224,7 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
 def _fill_router(argument: few.RouterArgument, router: object) -> bool:
     """False where it is a stand-in for one, of a kind that is not compiled, or its weight is."""
     weight = few.weight_argument(router.weight) if isinstance(router, Router) else None
-    if not isinstance(router, Router) or weight is None or router.grouped is not None:
+    if not isinstance(router, Router) or weight is None or router.kind not in few.ROUTERS:
         return False
     argument.weight, argument.top_k = weight, router.top_k
     argument.sigmoid, argument.normalize = router.kind == "sigmoid", router.normalize

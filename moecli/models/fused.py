@@ -58,8 +58,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def choose_experts(logits: Tensor, top_k: int, kind: str, normalize: bool) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> ids int64 [T, k], the most wanted first, and weights [T, k] in their dtype.
 
-    `kind` makes numbers weights: "sigmoid" of each, or "softmax" of all. `normalize`: those of a
-    token add up to 1.
+    `kind` makes numbers weights: "sigmoid" of each, "softmax" of all, or "softmax_of_chosen", which
+    kernels do not know. `normalize`: those of a token add up to 1.
     """
     result: tuple[Tensor, Tensor] = torch.ops.moecli.choose_experts(logits, top_k, kind, normalize)
     return result
@@ -82,9 +82,10 @@ def rotate_and_store(
 
     Gives the queries [1, N, D] in the dtype of the cache.
     """
-    result: Tensor = torch.ops.moecli.rotate_and_store(
-        q, k, v, turns, temperature, norm_weight, rope, norm, eps, length, keys_values
-    )
+    rules = (turns, temperature, norm_weight, rope, norm, eps)
+    if rope != "none" and 2 * turns.shape[-1] < q.shape[-1]:  # which the kernel does not know
+        return _rotate_and_store(q, k, v, *rules, length, keys_values)
+    result: Tensor = torch.ops.moecli.rotate_and_store(q, k, v, *rules, length, keys_values)
     return result
 
 
@@ -178,9 +179,10 @@ def _silu_mul_shape(gate: Tensor, up: Tensor) -> Tensor:
 def _choose_experts(
     logits: Tensor, top_k: int, kind: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    if kind == "sigmoid":
+    if kind in ("sigmoid", "softmax_of_chosen"):
         chosen, ids = logits.topk(top_k, dim=-1)
-        weights = chosen.float().sigmoid()
+        chosen = chosen.float()
+        weights = chosen.sigmoid() if kind == "sigmoid" else chosen.softmax(dim=-1)
     else:
         weights, ids = logits.float().softmax(dim=-1).topk(top_k, dim=-1)
     if normalize:

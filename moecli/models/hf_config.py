@@ -8,15 +8,16 @@ from typing import Any
 
 from moecli.errors import MoecliError
 from moecli.models.config import (
-    AttentionKind,
     LayerSpec,
     ModelSpec,
     TemperatureSpec,
 )
 from moecli.models.hf_families import FAMILY_READERS
-from moecli.models.hf_fields import CONFIG_HINT, Fields, common_of, rope_of
+from moecli.models.hf_fields import CONFIG_HINT, Fields, attention_kind, common_of, rope_of
 
-_SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe"
+_SUPPORTED_HINT = (
+    "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe, gpt_oss"
+)
 BITSANDBYTES = "bitsandbytes"
 
 
@@ -134,18 +135,8 @@ def _llama4_layers(fields: Fields, count: int) -> tuple[LayerSpec, ...]:
     step = fields.size("interleave_moe_layer_step", 1)
     moe = fields.get("moe_layers", list, list(range(step - 1, count, step)))
     return tuple(
-        LayerSpec(_attention_kind(fields, kinds[i]), bool(rope[i]), i in moe) for i in range(count)
-    )
-
-
-def _attention_kind(fields: Fields, name: Any) -> AttentionKind:
-    if name == "full_attention":
-        return "full"
-    if name == "chunked_attention":
-        return "chunked"
-    raise MoecliError(
-        f"layer type `{name}` in {fields.where} is not supported",
-        "supported: `full_attention`, `chunked_attention`",
+        LayerSpec(attention_kind(fields, kinds[i], "chunked"), bool(rope[i]), i in moe)
+        for i in range(count)
     )
 
 
@@ -211,6 +202,7 @@ _BY_MODEL_TYPE = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 
 

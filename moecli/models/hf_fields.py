@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moecli.errors import MoecliError
-from moecli.models.config import RopeKind, RopeScaling, RopeSpec, YarnScaling
+from moecli.models.config import AttentionKind, RopeKind, RopeScaling, RopeSpec, YarnScaling
 
 CONFIG_HINT = "download config.json again, or compare it with the one the model was released with"
 _MISSING: Any = object()
@@ -119,3 +119,14 @@ def common_of(fields: Fields) -> dict[str, Any]:
         "attention_bias": fields.flag("attention_bias", False),
         "max_context": fields.size("max_position_embeddings"),
     }
+
+
+def attention_kind(fields: Fields, name: Any, other: AttentionKind) -> AttentionKind:
+    """What an entry of `layer_types` means in a family that has full and `other` layers."""
+    known: dict[str, AttentionKind] = {"full_attention": "full", f"{other}_attention": other}
+    if name not in known:
+        raise MoecliError(
+            f"layer type `{name}` in {fields.where} is not supported",
+            "supported: " + ", ".join(f"`{kind}`" for kind in known),
+        )
+    return known[name]

@@ -13,7 +13,8 @@ from quant.scheme import QuantScheme
 W = TypeVar("W")
 Shapes = Mapping[str, tuple[int, ...]]
 _PACKED_SUFFIX = ".weight_packed"
-_BARE = (".bias", "_bias")  # endings of tensors that are no module's `.weight`
+_BARE = (".bias", "_bias", ".sinks")  # endings of tensors that are no module's `.weight`
+_EXPERT_BIASES = {"gate_up_bias": "gate_up_proj_bias", "down_bias": "down_proj_bias"}
 _EMBEDDING = "embed_tokens.weight"
 _REINDEX_HINT = "the checkpoint is incomplete, or its config.json belongs to another"
 
@@ -28,6 +29,7 @@ class FamilyNames:
     experts: str
     fused_transposed: bool  # fused experts are stored [E, in, out] instead of [E, out, in]
     projections: tuple[str, str, str] = PROJECTIONS  # gate, up and down of an unfused expert
+    fused_interleaved: bool = False  # rows of gate and up are neighbours when fused, else halves
 
 
 _MIXTRAL_PROJECTIONS = ("w1", "w3", "w2")
@@ -52,6 +54,14 @@ FAMILIES = {
     ),
 }
 FAMILIES["glm4_moe"] = replace(FAMILIES["qwen3_moe"], shared="mlp.shared_experts")
+FAMILIES["gpt_oss"] = FamilyNames(
+    router="mlp.router",
+    shared=None,
+    mlp="mlp",
+    experts="mlp.experts",
+    fused_transposed=True,
+    fused_interleaved=True,
+)
 # What a family's models call their modules in memory, where their checkpoints call them otherwise.
 _IN_MEMORY = {
     "mixtral": FamilyNames(
@@ -126,6 +136,10 @@ class CheckpointNames:
             return self.family.router
         if local == "router.correction":
             return f"{self.family.router}.e_score_correction_bias"
+        if block == "router":
+            return f"{self.family.router}.{rest}"
+        if block == "experts":
+            return f"{self.family.experts}.{_EXPERT_BIASES[rest]}"
         if block == "shared":
             return f"{self.family.shared}.{rest}"
         if block == "mlp":
@@ -242,6 +256,9 @@ def _expert_items(
     gate_up_shape, down_shape = (2 * inner, hidden), (hidden, inner)
     if flip:
         gate_up_shape, down_shape = gate_up_shape[::-1], down_shape[::-1]
+    gate_rows, up_rows = ((0, inner), 1), ((inner, 2 * inner), 1)
+    if names.family.fused_interleaved:
+        gate_rows, up_rows = ((0, 2 * inner), 2), ((1, 2 * inner), 2)
     gate_up = take(f"{module}.gate_up_proj", count, *gate_up_shape)
     down = take(f"{module}.down_proj", count, *down_shape)
     return [
@@ -249,8 +266,8 @@ def _expert_items(
             layer,
             expert,
             names.expert(layer, expert),
-            TensorSlice(gate_up, expert, flip, (0, inner)),
-            TensorSlice(gate_up, expert, flip, (inner, 2 * inner)),
+            TensorSlice(gate_up, expert, flip, *gate_rows),
+            TensorSlice(gate_up, expert, flip, *up_rows),
             TensorSlice(down, expert, flip, None),
             written,
         )

@@ -47,8 +47,10 @@ class Family:
     variants: dict[str, dict[str, Any]]  # what is changed in a tiny model, by a word for it
     wide: dict[str, Any]  # changes that make a tiny model one that can be quantized
     unfused: bool  # transformers expands the experts of a quantized checkpoint to bf16
+    library_reads: bool = True  # transformers loads what `moecli quantize` writes
     compiled: bool = True  # steps of few tokens are compiled calls on the processor
     chunked: bool = False  # some layers see one chunk of BORDER tokens
+    sliding: bool = False  # some layers see a window of BORDER tokens
     released: tuple[str, ...] = ()  # names of moecli.known whose tensors are counted at full size
     notes: tuple[str, ...] = field(default=())  # what is not done, for people
 
@@ -187,6 +189,37 @@ FAMILIES = {
             unfused=True,
             compiled=False,
             released=("glm-4.5-air",),
+        ),
+        Family(
+            "gpt_oss",
+            "GptOssConfig",
+            "GptOssForCausalLM",
+            _SIZES
+            | {
+                "intermediate_size": 24,
+                "num_hidden_layers": 4,
+                "num_local_experts": 6,
+                "num_experts_per_tok": 3,
+                "sliding_window": BORDER,
+                "rope_parameters": _YARN_ROPE | {"truncate": False},
+            },
+            {
+                "plain": {},
+                "window_of_5": {"sliding_window": 5},
+                "window_beyond_length": {"sliding_window": 64},
+                "window_of_1": {"sliding_window": 1},
+                "all_full": {"layer_types": ["full_attention"] * 4},
+                "all_sliding": {"layer_types": ["sliding_attention"] * 4},
+                "no_head_groups": {"num_key_value_heads": 4},
+                "no_attention_bias": {"attention_bias": False},
+                "tied": {"tie_word_embeddings": True},
+            },
+            {"intermediate_size": 32, **_WIDE},
+            unfused=False,
+            library_reads=False,
+            compiled=False,
+            sliding=True,
+            released=("gpt-oss-20b", "gpt-oss-120b"),
         ),
     )
 }

@@ -14,9 +14,10 @@ from moecli.models.config import (
     RopeScaling,
     RopeSpec,
     TemperatureSpec,
+    YarnScaling,
 )
 from moecli.models.rope import inverse_frequencies, magnitude
-from tests.models.released import GLM_4_5_AIR, MIXTRAL
+from tests.models.released import GLM_4_5_AIR, GPT_OSS_20B, GPT_OSS_120B, MIXTRAL
 from tests.models.tiny_models import num_weights, oracle
 
 SCOUT_TEXT = {
@@ -111,7 +112,7 @@ QWEN3 = {
     "vocab_size": 151936,
 }
 RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3, "mixtral": MIXTRAL}
-RELEASED["glm4"] = GLM_4_5_AIR
+RELEASED |= {"glm4": GLM_4_5_AIR, "gpt-oss-20b": GPT_OSS_20B}
 
 
 def changed(config, **changes):
@@ -181,6 +182,28 @@ def test_glm_4_5_air():
     assert next(t.name for t in spec.dense_tensors if t.exact) == "layers.1.router.correction"
 
 
+def test_gpt_oss():
+    spec = ModelSpec.from_hf(GPT_OSS_20B)
+    assert spec.num_params == 20_914_757_184
+    assert round(spec.num_active_params / 1e8) == 42
+    assert spec.layers[0] == LayerSpec("sliding", rope=True, moe=True)
+    assert spec.layers[1] == LayerSpec("full", rope=True, moe=True)
+    assert spec.rope == RopeSpec(
+        "half", 150000.0, YarnScaling(32.0, 32.0, 1.0, 4096, 0.1 * math.log(32) + 1, False)
+    )
+    assert spec.window == 128
+    larger = ModelSpec.from_hf(GPT_OSS_120B)
+    assert larger.num_params == 116_829_156_672
+    assert round(larger.num_active_params / 1e8) == 57
+
+
+def test_kv_cache_of_gpt_oss_half_of_which_is_bounded():
+    """2 KiB a token and layer; twelve layers hold 128 tokens whatever the context is."""
+    spec = ModelSpec.from_hf(GPT_OSS_20B)
+    for ctx in (128, 4096, 131072):
+        assert spec.kv_nbytes(ctx, 2) == 2048 * 12 * (ctx + 128)
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_parameters_equal_transformers_on_the_meta_device(name):
     import transformers
@@ -190,6 +213,8 @@ def test_parameters_equal_transformers_on_the_meta_device(name):
     for part in filter(None, [config.get("text_config"), config.get("vision_config"), config]):
         if "num_hidden_layers" in part:
             part["num_hidden_layers"] = 4
+            if "layer_types" in part:
+                part["layer_types"] = part["layer_types"][:4]
     with torch.device("meta"):
         model = kind(kind.config_class(**json.loads(json.dumps(config))))
     assert ModelSpec.from_hf(config).num_params == num_weights(model)
@@ -297,7 +322,16 @@ REFUSED = {
     "scaling factor missing": (changed(SCOUT, rope_scaling={"type": "llama3"}), "`factor`"),
     "activation": (changed(QWEN3, hidden_act="gelu"), "gelu"),
     "sliding": (changed(QWEN3, use_sliding_window=True), "use_sliding_window"),
-    "mixtral's window": (changed(MIXTRAL, sliding_window=4096), "sliding_window"),
+    "another activation": (changed(GPT_OSS_20B, swiglu_limit=6.0), "swiglu_limit"),
+    "chunks in gpt-oss": (
+        changed(GPT_OSS_20B, layer_types=["chunked_attention"] * 24),
+        "chunked_attention.* not supported",
+    ),
+    "few layer types": (changed(GPT_OSS_20B, layer_types=["full_attention"]), "1 entries for 24"),
+    "windows in llama4": (
+        changed(SCOUT, layer_types=["sliding_attention"] * 48),
+        "sliding_attention.* not supported",
+    ),
     "groups of experts": (changed(GLM_4_5_AIR, n_group=3), "n_group"),
     "more groups than there are": (changed(GLM_4_5_AIR, n_group=2, topk_group=3), "topk_group"),
     "groups of one": (changed(GLM_4_5_AIR, n_group=128), "n_group"),

@@ -9,7 +9,7 @@ import torch
 from moecli.errors import MoecliError
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
-from moecli.models.moe import FloatExperts
+from moecli.models.moe import FloatExperts, expert_biases
 from moecli.models.naming import CheckpointNames, dense_loader, plan_conversion
 from quant import ops
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
@@ -18,6 +18,7 @@ from quant.items import PROJECTIONS, TensorSlice
 from quant.pack_quantized import quantization_config
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme
+from tests.models.dequantized import dequantized
 from tests.models.families import FAMILIES
 from tests.models.tiny_models import (
     decoder_of,
@@ -50,9 +51,10 @@ def unfused(model):
         if last not in ("gate_up_proj", "down_proj"):
             found[name] = tensor
             continue
-        tensor = tensor.mT if "feed_forward" in name else tensor  # [E, out, in]
+        tensor = tensor.mT if family in ("llama4", "gpt_oss") else tensor  # [E, out, in]
         for expert, weight in enumerate(tensor):
-            parts = weight.chunk(2) if last == "gate_up_proj" else [weight]
+            halves = (weight[0::2], weight[1::2]) if family == "gpt_oss" else weight.chunk(2)
+            parts = halves if last == "gate_up_proj" else [weight]
             names = ("w1", "w3", "w2") if family == "mixtral" else PROJECTIONS
             names = names[:2] if last == "gate_up_proj" else names[2:]
             for part, rows in zip(names, parts, strict=True):
@@ -88,7 +90,8 @@ def test_every_prefix_and_layout_gives_the_same_model(family, fused, prefix):
 
 
 def model_dense(model):
-    return [name for name in model.state_dict() if ".experts." not in name]
+    experts = (".experts.gate_up_proj", ".experts.down_proj")
+    return [name for name in model.state_dict() if not name.endswith(experts)]
 
 
 def test_fused_slices():
@@ -271,7 +274,7 @@ def decoder_over(checkpoint):
         return parts
 
     weights = dense_loader(spec, checkpoint.checkpoint.tensors, checkpoint.dense)
-    return Decoder(spec, weights, FloatExperts(spec, load))
+    return Decoder(spec, weights, FloatExperts(spec, load, expert_biases(spec, weights)))
 
 
 @pytest.mark.parametrize("dense_scheme", [None, INT8, INT4], ids=lambda s: s.name if s else "bf16")
@@ -285,11 +288,14 @@ def test_what_is_written_loads_in_transformers_with_the_same_logits(name, dense_
         else oracle(SOURCES[name][0], **SOURCES[name][1])
     )
     checkpoint = quantized(model, tmp_path, dense_scheme)
-    library = getattr(transformers, type(model).__name__).from_pretrained(
-        tmp_path / "out", dtype=torch.float32
-    )
     ids = tokens(20)
-    expected = expected_logits(cast(library, torch.float32), ids)
+    if name == "llama4_multimodal":
+        library = transformers.Llama4ForConditionalGeneration.from_pretrained(
+            tmp_path / "out", dtype=torch.float32
+        )
+        expected = expected_logits(cast(library, torch.float32), ids)
+    else:
+        expected = expected_logits(dequantized(tmp_path / "out"), ids)
     backend = ops.current_backend()
     ops.set_backend("reference")
     try:

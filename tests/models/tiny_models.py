@@ -8,7 +8,7 @@ from torch import Tensor
 from moecli.kv_cache import KvCache
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Batch, Decoder
-from moecli.models.moe import FloatExperts
+from moecli.models.moe import FloatExperts, expert_biases
 from moecli.models.naming import dense_loader, plan_conversion
 from moecli.models.provider import ExpertProvider
 from tests.models.families import FAMILIES
@@ -26,7 +26,7 @@ def oracle(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("norm.weight"):
             parameter.data = 1 + 0.3 * noise
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             parameter.data = 0.3 * noise
         else:
             fan_in = parameter.shape[1] if "experts" in name else parameter.shape[-1]
@@ -74,14 +74,15 @@ def decoder_of(
         tensor = tensors[part.name]
         tensor = tensor if part.index is None else tensor[part.index]
         tensor = tensor.T if part.transpose else tensor
-        return tensor if part.rows is None else tensor[slice(*part.rows)]
+        return tensor if part.rows is None else tensor[slice(*part.rows, part.step)]
 
     def load(layer: int, expert: int) -> tuple[Tensor, ...]:
         item = experts[layer, expert]
         return slice_of(item.gate), slice_of(item.up), slice_of(item.down)
 
     weights = dense_loader(spec, tensors, tensors.__getitem__)
-    return Decoder(spec, weights, wrap(FloatExperts(spec, load)), dtype, guesses)
+    experts_of_floats = FloatExperts(spec, load, expert_biases(spec, weights))
+    return Decoder(spec, weights, wrap(experts_of_floats), dtype, guesses)
 
 
 def tokens(count: int, seed: int = 1) -> Tensor:
