@@ -7,6 +7,16 @@ checked.
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.models.released import (
+    GLM_4_5_AIR,
+    GPT_OSS_20B,
+    GPT_OSS_120B,
+    MAVERICK,
+    MIXTRAL,
+    QWEN3,
+    SCOUT,
+)
+
 LENGTH = 45  # tokens of a sequence: five chunks or windows of 8 and a rest
 BORDER = 8  # tokens of a chunk of attention, or of a sliding window, where a family has them
 
@@ -41,6 +51,7 @@ class Family:
     """One family by its `model_type`, and how its tests build and vary it."""
 
     model_type: str
+    title: str  # for people
     config: str  # classes of transformers
     model: str
     sizes: dict[str, Any]
@@ -49,10 +60,10 @@ class Family:
     unfused: bool  # transformers expands the experts of a quantized checkpoint to bf16
     library_reads: bool = True  # transformers loads what `moecli quantize` writes
     compiled: bool = True  # steps of few tokens are compiled calls on the processor
+    on_a_card: bool = True  # a graphics card computes it; else it is refused there, with the reason
     chunked: bool = False  # some layers see one chunk of BORDER tokens
     sliding: bool = False  # some layers see a window of BORDER tokens
-    released: tuple[str, ...] = ()  # names of moecli.known whose tensors are counted at full size
-    notes: tuple[str, ...] = field(default=())  # what is not done, for people
+    released: dict[str, dict[str, Any]] = field(default_factory=dict)  # config.json, by name
 
 
 FAMILIES = {
@@ -60,6 +71,7 @@ FAMILIES = {
     for family in (
         Family(
             "llama4",
+            "Llama 4",
             "Llama4TextConfig",
             "Llama4ForCausalLM",
             _SIZES
@@ -95,10 +107,11 @@ FAMILIES = {
             {"intermediate_size": 32, "intermediate_size_mlp": 64, **_WIDE},
             unfused=False,
             chunked=True,
-            released=("llama4-scout", "llama4-maverick"),
+            released={"Llama 4 Scout": SCOUT, "Llama 4 Maverick": MAVERICK},
         ),
         Family(
             "qwen3_moe",
+            "Qwen3-MoE",
             "Qwen3MoeConfig",
             "Qwen3MoeForCausalLM",
             _SIZES
@@ -127,10 +140,11 @@ FAMILIES = {
                 **_WIDE,
             },
             unfused=True,
-            released=("qwen3-30b-a3b",),
+            released={"Qwen3-30B-A3B": QWEN3},
         ),
         Family(
             "mixtral",
+            "Mixtral",
             "MixtralConfig",
             "MixtralForCausalLM",
             _SIZES
@@ -145,13 +159,15 @@ FAMILIES = {
                 "top3": {"num_experts_per_tok": 3},
                 "tied": {"tie_word_embeddings": True},
                 "no_head_groups": {"num_key_value_heads": 4},
+                "window": {"sliding_window": BORDER},
             },
             {"intermediate_size": 32, **_WIDE},
             unfused=True,
-            released=("mixtral-8x7b",),
+            released={"Mixtral 8x7B": MIXTRAL},
         ),
         Family(
             "glm4_moe",
+            "GLM-4.5",
             "Glm4MoeConfig",
             "Glm4MoeForCausalLM",
             _SIZES
@@ -188,10 +204,11 @@ FAMILIES = {
             {"moe_intermediate_size": 32, "intermediate_size": 64, **_WIDE},
             unfused=True,
             compiled=False,
-            released=("glm-4.5-air",),
+            released={"GLM-4.5-Air": GLM_4_5_AIR},
         ),
         Family(
             "gpt_oss",
+            "gpt-oss",
             "GptOssConfig",
             "GptOssForCausalLM",
             _SIZES
@@ -218,8 +235,9 @@ FAMILIES = {
             unfused=False,
             library_reads=False,
             compiled=False,
+            on_a_card=False,
             sliding=True,
-            released=("gpt-oss-20b", "gpt-oss-120b"),
+            released={"gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B},
         ),
     )
 }

@@ -114,7 +114,8 @@ def test_which_families_have_compiled_steps_of_few_tokens(family):
         pytest.skip("there is no compiler here")
     for changes in FAMILIES[family].variants.values():
         few = FewTokens.of(library, decoder_of(oracle(family, **changes)).layers)
-        assert (few is not None) == FAMILIES[family].compiled
+        windows = "sliding_window" in changes
+        assert (few is not None) == (FAMILIES[family].compiled and not windows)
 
 
 def test_logits_of_each_sequence_s_last_token_only():

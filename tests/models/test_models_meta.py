@@ -4,26 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_models_config import MAVERICK, QWEN3, SCOUT, SCOUT_TEXT, changed
+from test_models_config import changed
 
 from moecli.models.config import ModelSpec
 from moecli.models.naming import plan_conversion
 from quant.scheme import QuantScheme
-from tests.models.released import GLM_4_5_AIR, GPT_OSS_20B, GPT_OSS_120B, MIXTRAL
+from tests.models.families import FAMILIES
+from tests.models.released import MAVERICK, QWEN3, SCOUT_TEXT
 from tests.models.tiny_models import num_weights, stored_tensors
 
 TEXT_ONLY = SCOUT_TEXT | {"architectures": ["Llama4ForCausalLM"]}
 CONFIGS = {
-    "scout": SCOUT,
+    **{name: config for family in FAMILIES.values() for name, config in family.released.items()},
     "scout-text": TEXT_ONLY,
-    "maverick": MAVERICK,
-    "qwen3": QWEN3,
     "qwen3-tied": QWEN3 | {"tie_word_embeddings": True, "attention_bias": True},
     "qwen3-mixed": QWEN3 | {"mlp_only_layers": [0, 5], "decoder_sparse_step": 2},
-    "mixtral": MIXTRAL,
-    "glm-4.5-air": GLM_4_5_AIR,
-    "gpt-oss-20b": GPT_OSS_20B,
-    "gpt-oss-120b": GPT_OSS_120B,
     "maverick-every-third": changed(MAVERICK, interleave_moe_layer_step=3),
 }
 

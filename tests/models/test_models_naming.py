@@ -306,3 +306,25 @@ def test_what_is_written_loads_in_transformers_with_the_same_logits(name, dense_
     assert (found - expected).abs().max() <= 1e-5
     original = expected_logits(cast(model, torch.float32), ids)
     assert (found - original).pow(2).mean().sqrt() < 0.4 * original.std()
+
+
+def test_a_router_s_correction_is_not_rounded(tmp_path):
+    """Experts that are nearly as wanted as each other differ by less than 16 bits hold."""
+    model = oracle("glm4_moe", **FAMILIES["glm4_moe"].wide)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    expected = model.state_dict()[name].clone()
+    assert not torch.equal(expected, expected.bfloat16().float())
+    found = quantized(model, tmp_path, INT8).dense(name)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_rows_of_gate_and_up_that_are_neighbours():
+    spec = spec_of(model := oracle("gpt_oss"))
+    plan = plan_conversion(spec, shapes_of(model), INT8)
+    item, base = plan.experts[-1], "model.layers.3.mlp.experts."
+    assert item.gate == TensorSlice(base + "gate_up_proj", 5, True, (0, 48), 2)
+    assert item.up == TensorSlice(base + "gate_up_proj", 5, True, (1, 48), 2)
+    kept = {item.name for item in plan.dense if item.scheme is None}
+    assert {base + "gate_up_proj_bias", base + "down_proj_bias"} <= kept
+    assert {"model.layers.0.self_attn.sinks", "model.layers.0.mlp.router.bias"} <= kept
