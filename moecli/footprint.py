@@ -2,6 +2,7 @@
 
 from moecli.config import KV_DTYPES, RUN_SCHEMES
 from moecli.models.config import DenseTensor, ModelSpec
+from moecli.models.latent_sizes import workspace_numel
 from offload.plan import ModelFootprint
 from quant.layout import ExpertLayout
 from quant.scheme import QuantScheme
@@ -24,6 +25,8 @@ def tensor_nbytes(
     `run_scheme` nf4 or llm-int8: what bitsandbytes keeps of it once it is opened.
     """
     assert run_scheme in RUN_SCHEMES, f"no dense scheme is called {run_scheme}"
+    if tensor.expanded:
+        return COMPUTE_ITEMSIZE * tensor.numel
     if not tensor.linear:
         wide = tensor.exact or tensor.expanded
         return (COMPUTE_ITEMSIZE if wide else STORED_ITEMSIZE) * tensor.numel
@@ -51,13 +54,19 @@ def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     activations for every token; and the logits of a token.
     """
     tokens = min(prefill_chunk, ctx)
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     inner = max(
         spec.expert_intermediate_size, spec.shared_intermediate_size, spec.dense_intermediate_size
     )
-    a_token = 4 * spec.hidden_size + heads + 2 * spec.experts_per_token * spec.hidden_size
+    a_token = 4 * spec.hidden_size + 2 * spec.experts_per_token * spec.hidden_size
     a_token += 3 * inner
-    return COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
+    numel = tokens * a_token + _attention_numel(spec, tokens, ctx) + 2 * spec.vocab_size
+    return COMPUTE_ITEMSIZE * numel
+
+
+def _attention_numel(spec: ModelSpec, tokens: int, ctx: int) -> int:
+    if spec.latent is not None:
+        return workspace_numel(spec.latent, spec.num_heads, tokens, ctx)
+    return tokens * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
 
 
 def kv_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:

@@ -3,9 +3,9 @@
 A full layer keeps every position. A chunked layer keeps one absolute chunk in a ring, slot =
 position % chunk: the next chunk overwrites it from slot 0, so that what a token sees is always one
 contiguous run. A sliding layer keeps one window in a ring, slot = position % window: a single token
-sees all of it, in whatever order; several see copies in order. All memory is taken at once; in main
-memory pages are mapped only as they are first written. Stored as int8, every key and value has a
-scale of its own.
+sees all of it, in whatever order; several see copies in order. A latent layer keeps one vector for
+the keys and values of all heads. All memory is taken at once; in main memory pages are mapped only
+as they are first written. Stored as int8, every key and value has a scale of its own.
 """
 
 from collections.abc import Iterator
@@ -41,11 +41,12 @@ class KvCache:
         self.window = spec.window
         self._sliding = tuple(layer.attention == "sliding" for layer in spec.layers)
         self.device = torch.device(device)
-        heads, size = spec.num_kv_heads, spec.head_dim
-        self._storage = [  # per layer [2, kv heads, capacity, D]
-            torch.empty(2, heads, spec.kv_capacity(i, ctx), size, dtype=dtype, device=device)
-            for i in range(spec.num_layers)
-        ]
+        assert dtype != torch.int8 or spec.latent is None, "latents in int8"
+        self._storage = []  # per layer [2, kv heads, capacity, D]; [1, 1, capacity, R] of latents
+        for layer in range(spec.num_layers):
+            kinds, heads, size = spec.kv_shape(layer)
+            shape = (kinds, heads, spec.kv_capacity(layer, ctx), size)
+            self._storage.append(torch.empty(shape, dtype=dtype, device=device))
         scaled = self._storage if dtype == torch.int8 else []
         self._scales = [  # per layer [2, kv heads, capacity]; none unless int8
             torch.empty(storage.shape[:-1], dtype=SCALE_DTYPE, device=device) for storage in scaled
@@ -155,6 +156,13 @@ class KvCache:
         """A copy of what lies in these slots, in this order."""
         numbers = self._storage[layer][part, :, slots]
         return Int8Heads(numbers, self._scales[layer][part, :, slots]) if self._scales else numbers
+
+    def append_latents(self, layer: int, start: int, latents: Tensor) -> Tensor:
+        """Store the latents of new tokens [n, R], and give those of all tokens so far, [L, R]."""
+        kept = self._storage[layer][0, 0]
+        end = start + latents.shape[0]
+        kept[start:end] = latents
+        return kept[:end]
 
     def _store(self, layer: int, part: int, slots: slice | Tensor, heads: Tensor) -> None:
         """Keys (part 0) or values (part 1) [n, kv heads, D] into n slots."""

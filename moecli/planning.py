@@ -25,6 +25,11 @@ def plan_model(
     settings allow it. Raises OffloadError when that does not fit; the hint says what would; and
     MoecliError for what a card cannot do.
     """
+    if spec.latent is not None and config.kv_dtype == "int8":
+        raise MoecliError(
+            "the KV cache of this model keeps latents, which moecli does not round to int8",
+            "leave out `--kv-dtype`: latents are small already",
+        )
     try:
         plan = _plan(spec, schemes, ctx, config, machine)
     except OffloadError as error:
@@ -39,6 +44,12 @@ def plan_model(
         raise MoecliError(
             "graphics cards do not read a KV cache in int8 yet",
             "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
+        )
+    if plan.on_device and spec.latent is not None:
+        raise MoecliError(
+            "moecli has no kernels yet for graphics cards that attend to latents (MLA), "
+            f"as this `{spec.architecture}` does",
+            "compute on the processor with `--device cpu`",
         )
     return plan
 

@@ -6,7 +6,7 @@ R of it turned by RoPE: all, unless the family turns a part.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from moecli.models.rope import inverse_frequencies, magnitude
 from quant.bnb import BnbWeight
 from quant.ops import linear
 from quant.tensor import QuantizedWeight
+
+if TYPE_CHECKING:
+    from moecli.models.latent import LatentHeads
 
 Weight = QuantizedWeight | BnbWeight | Tensor
 Weights = Callable[[str], Weight]  # by the names of ModelSpec.dense_tensors
@@ -89,6 +92,10 @@ class Step(Protocol):
         """
         ...
 
+    def attend_latents(self, heads: "LatentHeads", queries: Tensor, latents: Tensor) -> Tensor:
+        """The same where all heads share latents; shapes are those of LatentHeads."""
+        ...
+
 
 class Positions:
     """RoPE and temperature, computed for the positions at hand.
@@ -135,6 +142,17 @@ class BatchStep:
         for piece in self.slices:
             rows = slice(row, row + piece.length)
             pieces += self._sequence(heads, piece, q[rows], k[rows], v[rows])
+            row += piece.length
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def attend_latents(self, heads: "LatentHeads", queries: Tensor, latents: Tensor) -> Tensor:
+        """Sequence by sequence; see Step."""
+        queries, latents = heads.position(queries, latents, self.turns)
+        pieces, row = [], 0
+        for piece in self.slices:
+            rows = slice(row, row + piece.length)
+            kept = piece.cache.append_latents(heads.layer, piece.start, latents[rows])
+            pieces.append(heads.attend(queries[rows], kept))
             row += piece.length
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

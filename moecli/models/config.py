@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-AttentionKind = Literal["full", "chunked", "sliding"]
+AttentionKind = Literal["full", "chunked", "sliding", "latent"]
 RopeKind = Literal["interleaved", "half"]
 QkNorm = Literal["none", "weighted_before_rope", "weightless_after_rope"]
 RouterKind = Literal["softmax", "sigmoid", "grouped", "softmax_of_chosen"]
@@ -64,6 +64,33 @@ class GroupedRouting:
     num_groups: int  # of as many experts each; 1: no groups
     groups_per_token: int
     scale: float  # by which weights are multiplied in the end
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Keys and values that all heads share as one latent a token, and a part of a key with RoPE."""
+
+    rank: int  # numbers of a latent
+    query_rank: int  # numbers that queries are made of; 0: made of the hidden state itself
+    nope_size: int  # of a head's query and key, without RoPE
+    rope_size: int  # of a head's query, and of the key that all heads share
+    value_size: int  # of a head's value
+    scale: float  # of the scores
+
+    @property
+    def head_size(self) -> int:
+        """Numbers of a head's query, and of its key where that is expanded."""
+        return self.nope_size + self.rope_size
+
+    @property
+    def padded_size(self) -> int:
+        """Numbers of an expanded key or value: attention wants both of one size."""
+        return max(self.head_size, self.value_size)
+
+    @property
+    def kept_size(self) -> int:
+        """Numbers that the KV cache keeps a token."""
+        return self.rank + self.rope_size
 
 
 @dataclass(frozen=True)
@@ -123,12 +150,13 @@ class ModelSpec:
     max_context: int
     grouped_routing: GroupedRouting | None = None  # of the router "grouped"
     output_bias: bool = True  # where attention has biases, its output projection has one too
-    rotary_size: int | None = None  # components of a head that RoPE turns, the first; None: all
+    rotary_size: int | None = None  # components of a head that RoPE turns; None: all
     window: int | None = None  # tokens that one of a sliding layer sees, its own included
     sinks: bool = False  # each head of a layer has a score that takes weight and gives no value
     router_bias: bool = False
     expert_bias: bool = False  # all three projections of an expert have one
     expert_activation: ExpertActivation = "silu"
+    latent: LatentSpec | None = None  # of latent layers; None: there are none
     num_vision_params: int = 0  # vision tower and projector of a multimodal checkpoint
 
     @staticmethod
@@ -165,21 +193,9 @@ class ModelSpec:
 
     def _layer_tensors(self, index: int) -> list[DenseTensor]:
         layer, hidden = self.layers[index], self.hidden_size
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes = {"q_proj": (q_size, hidden), "k_proj": (kv_size, hidden)}
-        shapes |= {"v_proj": (kv_size, hidden), "o_proj": (hidden, q_size)}
+        latent = layer.attention == "latent"
         found = [DenseTensor("input_norm", (hidden,))]
-        found += [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
-        if self.attention_bias:
-            found += [
-                DenseTensor(f"{name}.bias", shape[:1])
-                for name, shape in shapes.items()
-                if name != "o_proj" or self.output_bias
-            ]
-        if self.qk_norm == "weighted_before_rope":
-            found += [DenseTensor(name, (self.head_dim,)) for name in ("q_norm", "k_norm")]
-        if self.sinks:
-            found.append(DenseTensor("sinks", (self.num_heads,)))
+        found += self._latent_tensors() if latent else self._head_tensors()
         found.append(DenseTensor("post_norm", (hidden,)))
         if layer.moe:
             found.append(DenseTensor("router", (self.num_experts, hidden)))
@@ -195,7 +211,45 @@ class ModelSpec:
             found += _mlp_tensors("shared", hidden, self.shared_intermediate_size)
         else:
             found += _mlp_tensors("mlp", hidden, self.dense_intermediate_size)
-        return [replace(t, name=f"layers.{index}.{t.name}") for t in found]
+        return [replace(tensor, name=f"layers.{index}.{tensor.name}") for tensor in found]
+
+    def _head_tensors(self) -> list[DenseTensor]:
+        hidden = self.hidden_size
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {"q_proj": (q_size, hidden), "k_proj": (kv_size, hidden)}
+        shapes |= {"v_proj": (kv_size, hidden), "o_proj": (hidden, q_size)}
+        found = [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
+        if self.attention_bias:
+            found += [
+                DenseTensor(f"{name}.bias", shape[:1])
+                for name, shape in shapes.items()
+                if name != "o_proj" or self.output_bias
+            ]
+        if self.qk_norm == "weighted_before_rope":
+            found += [DenseTensor(name, (self.head_dim,)) for name in ("q_norm", "k_norm")]
+        if self.sinks:
+            found.append(DenseTensor("sinks", (self.num_heads,)))
+        return found
+
+    def _latent_tensors(self) -> list[DenseTensor]:
+        latent, hidden, heads = self.latent, self.hidden_size, self.num_heads
+        assert latent is not None, "a latent layer of a model without latents"
+        q_size = heads * latent.head_size
+        shapes = {"kv_a_proj": (latent.kept_size, hidden)}
+        shapes |= {"o_proj": (hidden, heads * latent.value_size)}
+        norms = {"kv_a_norm": latent.rank}
+        if latent.query_rank:
+            shapes |= {"q_a_proj": (latent.query_rank, hidden)}
+            norms |= {"q_a_norm": latent.query_rank}
+        found = [DenseTensor(f"{name}.bias", shape[:1]) for name, shape in shapes.items()]
+        found = found if self.attention_bias else []
+        shapes |= {
+            "q_b_proj" if latent.query_rank else "q_proj": (q_size, latent.query_rank or hidden)
+        }
+        found += [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
+        kv_b = (heads * (latent.nope_size + latent.value_size), latent.rank)
+        found.append(DenseTensor("kv_b_proj", kv_b, linear=True, expanded=True))
+        return found + [DenseTensor(name, (size,)) for name, size in norms.items()]
 
     @property
     def num_text_params(self) -> int:
@@ -226,13 +280,24 @@ class ModelSpec:
             return min(ctx, self.window)
         return ctx
 
-    def kv_nbytes(self, ctx: int, itemsize: int, scale_itemsize: int = 0) -> int:
-        """Bytes of keys and values of one sequence of `ctx` tokens, `itemsize` bytes a number.
+    def kv_shape(self, layer: int) -> tuple[int, int, int]:
+        """What `layer` keeps of a token: how many kinds of vectors, heads of each, their size."""
+        if self.layers[layer].attention == "latent":
+            assert self.latent is not None, "a latent layer of a model without latents"
+            return 1, 1, self.latent.kept_size
+        return 2, self.num_kv_heads, self.head_dim  # keys and values
 
-        `scale_itemsize`: bytes that each token takes besides, for every head's key and value.
+    def kv_nbytes(self, ctx: int, itemsize: int, scale_itemsize: int = 0) -> int:
+        """Bytes of the KV cache of one sequence of `ctx` tokens, `itemsize` bytes a number.
+
+        `scale_itemsize`: bytes that each vector takes besides.
         """
-        held = sum(self.kv_capacity(layer, ctx) for layer in range(self.num_layers))
-        return 2 * self.num_kv_heads * (self.head_dim * itemsize + scale_itemsize) * held
+        total = 0
+        for layer in range(self.num_layers):
+            kinds, heads, size = self.kv_shape(layer)
+            vectors = kinds * heads * self.kv_capacity(layer, ctx)
+            total += vectors * (size * itemsize + scale_itemsize)
+        return total
 
 
 def _mlp_tensors(prefix: str, hidden: int, intermediate: int) -> list[DenseTensor]:

@@ -16,6 +16,7 @@ from moecli.models.config import ModelSpec
 from moecli.models.device_step import DeviceStep
 from moecli.models.few_tokens import FewTokens
 from moecli.models.fused import add_rms_norm, gather_rows, rms_norm
+from moecli.models.latent import LatentAttention
 from moecli.models.moe import Mlp, MoeBlock
 from moecli.models.provider import ExpertProvider
 from quant.kernels.cpu.library import Library
@@ -70,7 +71,8 @@ class DecoderLayer:
         self.eps = spec.rms_norm_eps
         self.input_norm = dense(weights, prefix + "input_norm").to(dtype)
         self.post_norm = dense(weights, prefix + "post_norm").to(dtype)
-        self.attention = Attention(spec, layer, weights, dtype)
+        kind = LatentAttention if spec.layers[layer].attention == "latent" else Attention
+        self.attention = kind(spec, layer, weights, dtype)
         self.mlp: Mlp | MoeBlock = (
             MoeBlock(spec, layer, weights, experts)
             if spec.layers[layer].moe

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecli.kv_cache import KvCache
-from moecli.models.attention import BatchStep
+from moecli.models.attention import Attention, BatchStep
 from moecli.models.batch import SequenceSlice
 from moecli.models.moe import Mlp, MoeBlock, Router
 from quant.kernels.cpu import few
@@ -193,7 +193,10 @@ def _arguments(weights: Sequence[Any]) -> list[few.WeightArgument] | None:
 
 
 def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | None:
-    attention, heads = layer.attention, layer.attention.heads
+    attention = layer.attention
+    if not isinstance(attention, Attention):  # over latents: there is no such call
+        return None
+    heads = attention.heads
     pairs = zip(attention.projections, attention.biases, strict=True)
     weights = [few.weight_argument(weight, bias) for weight, bias in pairs]
     q, k, v, o = weights

@@ -78,7 +78,10 @@ _NORMS = {
     "post_norm": "post_attention_layernorm",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
+    "q_a_norm": "self_attn.q_a_layernorm",
+    "kv_a_norm": "self_attn.kv_a_layernorm",
 }
+_LATENT_PROJECTIONS = {"kv_a_proj": "kv_a_proj_with_mqa"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class CheckpointNames:
             return f"{self.family.shared}.{rest}"
         if block == "mlp":
             return f"{self.family.mlp}.{rest}"
-        return f"self_attn.{local}"
+        return ".".join(filter(None, ("self_attn", _LATENT_PROJECTIONS.get(block, block), rest)))
 
 
 def _prefix_of(suffix: str, names: Collection[str]) -> str:
