@@ -225,3 +225,11 @@ def source_scheme(config: Mapping[str, Any]) -> str | None:
         return f"{BITSANDBYTES} llm-int8"
     doubly = ", double quantization" if quantization.get("bnb_4bit_use_double_quant") else ""
     return f"{BITSANDBYTES} {quantization.get('bnb_4bit_quant_type', 'fp4')}{doubly}"
+
+
+def without_prediction(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model less its layers that predict later tokens than the next.
+
+    It says that there are none: libraries expect some where it says nothing.
+    """
+    return {**config, "num_nextn_predict_layers": 0}

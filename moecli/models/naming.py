@@ -92,6 +92,7 @@ class Conversion:
     dense: tuple[DenseItem, ...]
     ignore: tuple[str, ...]  # linears kept in 16 bits, as quantization_config names them
     expert_targets: tuple[str, ...]  # linears of experts, likewise
+    left_out: tuple[str, ...]  # tensors of layers after the last that computes the next token
 
 
 class CheckpointNames:
@@ -130,6 +131,12 @@ class CheckpointNames:
     def experts(self, layer: int) -> str:
         """The module that holds the experts of a layer."""
         return f"{self.body}layers.{layer}.{self.family.experts}"
+
+    def is_beyond(self, name: str) -> bool:
+        """Whether a tensor is of a layer with a higher number than the model's layers have."""
+        layers = self.body + "layers."
+        index = name.removeprefix(layers).partition(".")[0]
+        return name.startswith(layers) and index.isdigit() and int(index) >= self.spec.num_layers
 
     def _local(self, local: str) -> str:
         block, _, rest = local.partition(".")
@@ -186,7 +193,8 @@ def plan_conversion(
 
     Attention, dense MLPs, the shared expert and an untied head take `dense_scheme`; routers,
     norms, embeddings and everything that is no part of the text decoder keep their 16 bits and
-    their names. Raises MoecliError for a missing tensor or a wrong shape.
+    their names. Layers that predict later tokens than the next (MTP) are left out. Raises
+    MoecliError for a missing tensor or a wrong shape.
     """
     names = CheckpointNames(spec, shapes)
     used: set[str] = set()
@@ -202,10 +210,11 @@ def plan_conversion(
     dense = [_dense_item(names, tensor, dense_scheme, take) for tensor in spec.dense_tensors]
     if spec.tie_word_embeddings:
         used.add(names.head + ".weight")  # a stored copy of the embedding
-    rest = [name for name in shapes if name not in used]
+    left_out = tuple(name for name in shapes if names.is_beyond(name))
+    rest = [name for name in shapes if name not in used and not names.is_beyond(name)]
     dense += [DenseItem(name, TensorSlice(name, None, False, None), None) for name in rest]
     ignored = _ignored(names, rest, dense_scheme)
-    return Conversion(experts, tuple(dense), ignored, _expert_targets(names))
+    return Conversion(experts, tuple(dense), ignored, _expert_targets(names), left_out)
 
 
 def _require(shapes: Shapes, name: str, expected: tuple[int, ...]) -> None:

@@ -167,6 +167,20 @@ def test_other_tensors_are_kept_as_they_are():
         assert kept[name].source == TensorSlice(name)
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_layers_that_predict_later_tokens_are_left_out(prefix):
+    """They follow the model's own, with names that would pass for theirs."""
+    spec = spec_of(model := oracle("qwen3_moe"))
+    shapes = {prefix + name.removeprefix("model."): size for name, size in shapes_of(model).items()}
+    plain = plan_conversion(spec, shapes, INT8)
+    beyond = {prefix + f"layers.{layer}.eh_proj.weight": (32, 64) for layer in (3, 10)}
+    beyond[prefix + "layers.3.mlp.experts.gate_up_proj"] = (6, 48, 32)
+    plan = plan_conversion(spec, shapes | beyond, INT8)
+    assert set(plan.left_out) == set(beyond)
+    assert (plan.experts, plan.dense, plan.ignore) == (plain.experts, plain.dense, plain.ignore)
+    assert plain.left_out == ()
+
+
 @pytest.mark.parametrize(
     "name",
     [
