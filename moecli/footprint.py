@@ -25,11 +25,10 @@ def tensor_nbytes(
     `run_scheme` nf4 or llm-int8: what bitsandbytes keeps of it once it is opened.
     """
     assert run_scheme in RUN_SCHEMES, f"no dense scheme is called {run_scheme}"
-    if tensor.expanded:
+    if tensor.exact or tensor.expanded:
         return COMPUTE_ITEMSIZE * tensor.numel
     if not tensor.linear:
-        wide = tensor.exact or tensor.expanded
-        return (COMPUTE_ITEMSIZE if wide else STORED_ITEMSIZE) * tensor.numel
+        return STORED_ITEMSIZE * tensor.numel
     rows, columns = tensor.shape
     if run_scheme == "llm-int8":
         return tensor.numel + 4 * rows  # a byte a weight, and an fp32 scale a row

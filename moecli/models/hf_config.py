@@ -12,11 +12,13 @@ from moecli.models.config import (
     ModelSpec,
     TemperatureSpec,
 )
+from moecli.models.hf_deepseek import deepseek_v2, deepseek_v3
 from moecli.models.hf_families import FAMILY_READERS
 from moecli.models.hf_fields import CONFIG_HINT, Fields, attention_kind, common_of, rope_of
 
 _SUPPORTED_HINT = (
-    "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe, gpt_oss"
+    "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe, gpt_oss, "
+    "deepseek_v3"
 )
 BITSANDBYTES = "bitsandbytes"
 
@@ -195,11 +197,15 @@ _READERS: dict[str, Callable[[str, Fields], ModelSpec]] = {
     "Llama4ForCausalLM": _llama4,
     "Qwen3MoeForCausalLM": _qwen3_moe,
     **FAMILY_READERS,
+    "DeepseekV2ForCausalLM": deepseek_v2,
+    "DeepseekV3ForCausalLM": deepseek_v3,
 }
 _BY_MODEL_TYPE = {
     "llama4": "Llama4ForConditionalGeneration",
     "llama4_text": "Llama4ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",

@@ -81,9 +81,9 @@ def _yarn(fields: Fields, scaling: Fields) -> YarnScaling:
     factor = scaling.get("factor", float, fields.size("max_position_embeddings") / context)
     mscale = scaling.get("mscale", float, 0.0)
     of_all = scaling.get("mscale_all_dim", float, 0.0)
-    magnitude = _yarn_mscale(factor)
+    magnitude = yarn_mscale(factor)
     if mscale and of_all:
-        magnitude = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, of_all)
+        magnitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, of_all)
     return YarnScaling(
         factor=factor,
         fast=scaling.get("beta_fast", float, 0.0) or 32.0,
@@ -94,7 +94,7 @@ def _yarn(fields: Fields, scaling: Fields) -> YarnScaling:
     )
 
 
-def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """How much larger scores are made where a context is stretched `factor` times."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 

@@ -53,7 +53,8 @@ FAMILIES = {
         projections=_MIXTRAL_PROJECTIONS,
     ),
 }
-FAMILIES["glm4_moe"] = replace(FAMILIES["qwen3_moe"], shared="mlp.shared_experts")
+_WITH_SHARED = replace(FAMILIES["qwen3_moe"], shared="mlp.shared_experts")
+FAMILIES |= dict.fromkeys(("glm4_moe", "deepseek_v2", "deepseek_v3"), _WITH_SHARED)
 FAMILIES["gpt_oss"] = FamilyNames(
     router="mlp.router",
     shared=None,
@@ -303,7 +304,7 @@ def _ignored(
     if names.spec.tie_word_embeddings or dense_scheme is None:
         ignore.append("re:.*lm_head$")
     if dense_scheme is None:
-        ignore.append("re:.*self_attn[.][qkvo]_proj$")
+        ignore.append("re:.*self_attn[.].*_proj(_with_mqa)?$")
         if names.family.shared and names.spec.shared_intermediate_size:
             ignore.append(f"re:.*{names.family.shared.replace('.', '[.]')}[.].*_proj$")
         if names.spec.dense_intermediate_size:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.models.released import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
     GLM_4_5_AIR,
     GPT_OSS_20B,
     GPT_OSS_120B,
     MAVERICK,
     MIXTRAL,
+    MOONLIGHT,
     QWEN3,
     SCOUT,
 )
@@ -43,6 +46,32 @@ _YARN_ROPE = {
     "factor": 4.0,
     "beta_fast": 4.0,
     "original_max_position_embeddings": 16,
+}
+_LATENT = {
+    **{key: size for key, size in _SIZES.items() if key != "head_dim"},
+    "num_key_value_heads": 4,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+}
+_WIDE_LATENT = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
 }
 
 
@@ -141,6 +170,55 @@ FAMILIES = {
             },
             unfused=True,
             released={"Qwen3-30B-A3B": QWEN3},
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3Config",
+            "DeepseekV3ForCausalLM",
+            _LATENT
+            | {
+                "n_group": 4,
+                "topk_group": 2,
+                "routed_scaling_factor": 1.5,
+            },
+            {
+                "plain": {},
+                "queries_of_hidden_states": {"q_lora_rank": None},
+                "half_rope": {"rope_interleave": False},
+                "yarn": {"rope_parameters": _YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+                "yarn_without_mscale": {"rope_parameters": _YARN_ROPE},
+                "values_beyond_keys": {"v_head_dim": 14},
+                "rank_below_heads": {"kv_lora_rank": 4},
+                "bias": {"attention_bias": True},
+                "tied": {"tie_word_embeddings": True},
+                "other_eps": {"rms_norm_eps": 0.05},
+                "no_dense_layers": {"first_k_dense_replace": 0},
+                "one_shared_expert": {"n_shared_experts": 1},
+                "one_group": {"n_group": 1, "topk_group": 1},
+                "not_normalised": {"norm_topk_prob": False, "routed_scaling_factor": 1.0},
+            },
+            _WIDE_LATENT,
+            unfused=True,
+            compiled=False,
+            on_a_card=False,
+            released={"DeepSeek-V3": DEEPSEEK_V3, "Moonlight-16B-A3B": MOONLIGHT},
+        ),
+        Family(
+            "deepseek_v2",
+            "DeepseekV2Config",
+            "DeepseekV2ForCausalLM",
+            _LATENT,
+            {
+                "plain": {},
+                "queries_of_hidden_states": {"q_lora_rank": None},
+                "yarn": {"rope_parameters": _YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+                "no_dense_layers": {"first_k_dense_replace": 0},
+            },
+            _WIDE_LATENT,
+            unfused=True,
+            compiled=False,
+            on_a_card=False,
+            released={"DeepSeek-V2-Lite": DEEPSEEK_V2_LITE},
         ),
         Family(
             "mixtral",

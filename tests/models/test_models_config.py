@@ -18,11 +18,14 @@ from moecli.models.config import (
 )
 from moecli.models.rope import inverse_frequencies, magnitude
 from tests.models.released import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
     GLM_4_5_AIR,
     GPT_OSS_20B,
     GPT_OSS_120B,
     MAVERICK,
     MIXTRAL,
+    MOONLIGHT,
     QWEN3,
     SCOUT,
     SCOUT_TEXT,
@@ -31,6 +34,8 @@ from tests.models.tiny_models import num_weights, oracle
 
 RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3, "mixtral": MIXTRAL}
 RELEASED |= {"glm4": GLM_4_5_AIR, "gpt-oss-20b": GPT_OSS_20B}
+RELEASED |= {"deepseek-v3": DEEPSEEK_V3, "moonlight": MOONLIGHT}
+RELEASED["deepseek-v2-lite"] = DEEPSEEK_V2_LITE
 
 
 def changed(config, **changes):
@@ -120,6 +125,45 @@ def test_kv_cache_of_gpt_oss_half_of_which_is_bounded():
     spec = ModelSpec.from_hf(GPT_OSS_20B)
     for ctx in (128, 4096, 131072):
         assert spec.kv_nbytes(ctx, 2) == 2048 * 12 * (ctx + 128)
+
+
+def test_deepseek_v3():
+    spec = ModelSpec.from_hf(DEEPSEEK_V3)
+    assert spec.num_params == 671_026_419_200, "the published 671B, less what guesses later tokens"
+    assert round(spec.num_active_params / 1e9) == 38
+    assert spec.moe_layers == tuple(range(3, 61))
+    assert set(spec.layers[3:]) == {LayerSpec("latent", rope=True, moe=True)}
+    latent = spec.latent
+    assert (latent.rank, latent.query_rank, latent.kept_size) == (512, 1536, 576)
+    assert (latent.head_size, latent.value_size, spec.rotary_size) == (192, 128, 64)
+    assert spec.grouped_routing == GroupedRouting(8, 4, 2.5)
+    stretched = 0.1 * math.log(40) + 1
+    assert latent.scale == pytest.approx(192**-0.5 * stretched**2)
+    assert spec.rope == RopeSpec("interleaved", 10000.0, YarnScaling(40.0, 32.0, 1.0, 4096, 1.0))
+
+
+def test_moonlight_16b_a3b():
+    """An eighth of the heads of DeepSeek-V3, no YaRN, no latents of queries."""
+    spec = ModelSpec.from_hf(MOONLIGHT)
+    assert round(spec.num_params / 1e7) == 1596
+    assert spec.latent.query_rank == 0
+    assert spec.latent.scale == 192**-0.5
+    assert spec.shared_intermediate_size == 2816
+
+
+def test_deepseek_v2_lite():
+    spec = ModelSpec.from_hf(DEEPSEEK_V2_LITE)
+    assert round(spec.num_params / 1e8) == 157
+    assert spec.router == "softmax"
+    assert spec.grouped_routing is None
+    assert not spec.normalize_topk
+
+
+def test_kv_cache_of_deepseek_v3_is_one_latent_a_token_and_layer():
+    """1.2% of what its 128 heads' keys and values would take."""
+    spec = ModelSpec.from_hf(DEEPSEEK_V3)
+    assert spec.kv_nbytes(4096, 2) == 61 * 4096 * 576 * 2
+    assert spec.kv_nbytes(163840, 2) == 40 * spec.kv_nbytes(4096, 2)
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -254,6 +298,17 @@ REFUSED = {
     "more groups than there are": (changed(GLM_4_5_AIR, n_group=2, topk_group=3), "topk_group"),
     "groups of one": (changed(GLM_4_5_AIR, n_group=128), "n_group"),
     "an odd part turns": (changed(GLM_4_5_AIR, partial_rotary_factor=0.01), "partial_rotary"),
+    "odd rope": (changed(DEEPSEEK_V3, qk_rope_head_dim=63), "`qk_rope_head_dim`.*even"),
+    "rank missing": (changed(DEEPSEEK_V3, kv_lora_rank=None), "`kv_lora_rank` is missing"),
+    "scores": (changed(DEEPSEEK_V3, scoring_func="softmax"), "`scoring_func` `softmax`"),
+    "choice": (changed(DEEPSEEK_V3, topk_method="greedy"), "`topk_method` `greedy`"),
+    "some layers": (changed(DEEPSEEK_V3, moe_layer_freq=2), "`moe_layer_freq` `2`"),
+    "V2's groups": (
+        changed(DEEPSEEK_V2_LITE, topk_method="group_limited_greedy"),
+        "`topk_method` `group_limited_greedy`",
+    ),
+    "V2's factor": (changed(DEEPSEEK_V2_LITE, routed_scaling_factor=16.0), "routed_scaling"),
+    "V2 normalised": (changed(DEEPSEEK_V2_LITE, norm_topk_prob=True), "norm_topk_prob"),
     "short list": (changed(SCOUT, no_rope_layers=[1, 0]), "no_rope_layers.*2 entries"),
     "layer type": (changed(SCOUT, layer_types=["mamba"] * 48), "mamba"),
     "head groups": (changed(QWEN3, num_key_value_heads=5), "no multiple"),
