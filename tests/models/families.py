@@ -173,8 +173,7 @@ FAMILIES = {
         ),
         Family(
             "deepseek_v3",
-            "DeepseekV3Config",
-            "DeepseekV3ForCausalLM",
+            "DeepseekV3",
             _LATENT
             | {
                 "n_group": 4,
@@ -205,8 +204,7 @@ FAMILIES = {
         ),
         Family(
             "deepseek_v2",
-            "DeepseekV2Config",
-            "DeepseekV2ForCausalLM",
+            "DeepseekV2",
             _LATENT,
             {
                 "plain": {},

@@ -81,7 +81,7 @@ def test_every_prefix_and_layout_gives_the_same_model(family, fused, prefix):
         plan.experts[1].prefix == f"{prefix}layers.{spec_of(model).moe_layers[0]}.{block}.experts.1"
     )
     names = {item.name for item in plan.dense}
-    assert f"{prefix}layers.1.self_attn.q_proj" in names
+    assert f"{prefix}layers.1.self_attn.o_proj" in names
     assert f"{prefix}norm.weight" in names
     assert head + "lm_head" in names
     assert len(names) == len(plan.dense) == len(model_dense(model))
@@ -319,7 +319,7 @@ def test_what_is_written_loads_in_transformers_with_the_same_logits(name, dense_
     assert expected.std() > 0.3
     assert (found - expected).abs().max() <= 1e-5
     original = expected_logits(cast(model, torch.float32), ids)
-    assert (found - original).pow(2).mean().sqrt() < 0.4 * original.std()
+    assert (found - original).pow(2).mean().sqrt() < 0.5 * original.std()
 
 
 def test_a_router_s_correction_is_not_rounded(tmp_path):
