@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from moecli.footprint import tensor_nbytes
 from moecli.kv_cache import KvCache
 from moecli.models import latent_sizes
-from moecli.models.config import LatentSpec
-from moecli.models.latent import LatentHeads
+from moecli.models.attention import Weight
+from moecli.models.config import LatentSpec, LayerSpec, ModelSpec
+from moecli.models.latent import LatentAttention, LatentHeads
 from moecli.models.latent_sizes import heads_at_once, most_absorbed, workspace_numel
+from moecli.models.naming import CheckpointNames
+from quant.quantize import dequantize, quantize
+from quant.scheme import QuantScheme
+from quant.tensor import QuantizedWeight
+from tests.models.families import FAMILIES
+from tests.models.test_models_config import QWEN3
+from tests.models.tiny_models import decoder_of, oracle, spec_of
 
 TOLERANCE = 1e-5
 HEADS = 6
@@ -144,10 +153,34 @@ def test_no_tensor_is_larger_than_the_workspace_that_is_planned(count: int, leng
     assert planned <= workspace_numel(heads.latent, HEADS, count + 1, length + 1)
 
 
-def latent_cache(ctx: int, dtype: torch.dtype = torch.float32) -> KvCache:
-    from moecli.models.config import LayerSpec, ModelSpec
-    from tests.models.test_models_config import QWEN3
+def test_a_quantized_matrix_is_held_in_the_dtype_of_computing() -> None:
+    """As the plan counts it; the decoder's other linears stay as they are stored."""
+    model = oracle("deepseek_v3", **FAMILIES["deepseek_v3"].wide)
+    spec, tensors = spec_of(model), model.state_dict()
+    known = CheckpointNames(spec, tensors)
+    linears = {tensor.name: tensor for tensor in spec.dense_tensors if tensor.linear}
 
+    def weights(name: str) -> Weight:
+        weight = tensors[known.tensor(name)]
+        return quantize(weight, QuantScheme(8, 32)) if name in linears else weight
+
+    attention = LatentAttention(spec, 0, weights, torch.float32)
+    stored = weights("layers.0.kv_b_proj")
+    assert torch.equal(attention.heads.kv_b.flatten(0, 1), dequantize(stored))
+    planned = tensor_nbytes(linears["layers.0.kv_b_proj"], QuantScheme(8, 32))
+    assert attention.heads.kv_b.nbytes == planned
+    assert isinstance(attention.q_up, QuantizedWeight)
+
+
+def test_a_step_on_a_device_has_no_attention_over_latents() -> None:
+    decoder = decoder_of(oracle("deepseek_v3"))
+    cache, token = KvCache(decoder.spec, 8, torch.float32), torch.tensor([1])
+    cache.begin(0, 1)
+    with pytest.raises(AssertionError, match="latents in a step on a device"):
+        decoder.decode(token, torch.tensor([0]), cache)
+
+
+def latent_cache(ctx: int, dtype: torch.dtype = torch.float32) -> KvCache:
     spec = ModelSpec.from_hf(QWEN3)
     layers = (LayerSpec("latent", True, True),) * 2
     return KvCache(replace(spec, layers=layers, latent=SHAPES["plain"]), ctx, dtype)
