@@ -27,7 +27,8 @@ from moecli.models.latent_sizes import most_absorbed
 
 HEADS = 128
 DEEPSEEK_V3 = LatentSpec(512, 1536, nope_size=128, rope_size=64, value_size=128, scale=0.135)
-CASES = ((1, 4096, 9), (1, 16384, 9), (64, 4096, 5), (512, 4096, 3))  # new, seen, rounds
+CASES = ((1, 4096), (1, 16384), (64, 4096), (128, 4096), (192, 4096), (512, 4096))  # new, seen
+ROUNDS = 5
 _SQUARE = 2048  # rows and columns of the ceiling's matrices
 
 
@@ -58,7 +59,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def measure(count: int, length: int, rounds: int) -> Row:
+def measure(count: int, length: int) -> Row:
     latent = DEEPSEEK_V3
     kv_b = torch.randn(HEADS, latent.nope_size + latent.value_size, latent.rank) * 0.04
     heads = LatentHeads(0, "interleaved", latent, kv_b)
@@ -74,7 +75,7 @@ def measure(count: int, length: int, rounds: int) -> Row:
         "ceiling": lambda: square @ square,
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(ROUNDS + 1):
         for name in random.sample(list(ways), len(ways)):
             taken = seconds(ways[name])
             if number:  # the first round warms up
