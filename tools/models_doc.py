@@ -32,7 +32,8 @@ computes it. The column is tested on a simulated device in place of a card: docs
 
 def document() -> str:
     rows = "".join(_row(name, family) for name, family in FAMILIES.items())
-    return HEAD + rows + TAIL + "\n## Variants\n\n" + "".join(map(_variants, FAMILIES.values()))
+    variants = "".join(map(_variants, FAMILIES.values()))
+    return f"{HEAD}{rows}{TAIL}\n## Variants\n\n{variants}"
 
 
 def _row(name: str, family: Family) -> str:
@@ -50,7 +51,8 @@ def _row(name: str, family: Family) -> str:
 
 def _variants(family: Family) -> str:
     words = ", ".join(name.replace("_", " ") for name in family.variants)
-    return f"- `{family.model_type}`: {words}\n"
+    notes = "".join(f"; {note}" for note in family.notes)
+    return f"- `{family.model_type}`: {words}{notes}\n"
 
 
 def _billions(count: int) -> str:

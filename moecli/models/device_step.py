@@ -33,6 +33,8 @@ def num_splits(capacity: int, kv_heads: int, device: torch.device) -> int:
 
 def unknown_on_a_device(spec: ModelSpec) -> str | None:
     """What of this model the operations of a device do not know; None: nothing."""
+    if spec.latent is not None:
+        return "attention over latents"
     if spec.sinks:
         return "attention sinks"
     if any(layer.attention == "sliding" for layer in spec.layers):

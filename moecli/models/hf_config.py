@@ -18,7 +18,7 @@ from moecli.models.hf_fields import CONFIG_HINT, Fields, attention_kind, common_
 
 _SUPPORTED_HINT = (
     "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe, gpt_oss, "
-    "deepseek_v3"
+    "deepseek_v3, deepseek_v2 (Lite)"
 )
 BITSANDBYTES = "bitsandbytes"
 

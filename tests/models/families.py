@@ -93,6 +93,7 @@ class Family:
     chunked: bool = False  # some layers see one chunk of BORDER tokens
     sliding: bool = False  # some layers see a window of BORDER tokens
     released: dict[str, dict[str, Any]] = field(default_factory=dict)  # config.json, by name
+    notes: tuple[str, ...] = ()  # what is not done, for people
 
 
 FAMILIES = {
@@ -173,7 +174,9 @@ FAMILIES = {
         ),
         Family(
             "deepseek_v3",
-            "DeepseekV3",
+            "DeepSeek-V3",
+            "DeepseekV3Config",
+            "DeepseekV3ForCausalLM",
             _LATENT
             | {
                 "n_group": 4,
@@ -201,10 +204,13 @@ FAMILIES = {
             compiled=False,
             on_a_card=False,
             released={"DeepSeek-V3": DEEPSEEK_V3, "Moonlight-16B-A3B": MOONLIGHT},
+            notes=("layers that predict later tokens (MTP) are left out",),
         ),
         Family(
             "deepseek_v2",
-            "DeepseekV2",
+            "DeepSeek-V2-Lite",
+            "DeepseekV2Config",
+            "DeepseekV2ForCausalLM",
             _LATENT,
             {
                 "plain": {},
@@ -217,6 +223,7 @@ FAMILIES = {
             compiled=False,
             on_a_card=False,
             released={"DeepSeek-V2-Lite": DEEPSEEK_V2_LITE},
+            notes=("V2-Lite and its like alone: V2 has a router of its own",),
         ),
         Family(
             "mixtral",
@@ -281,6 +288,7 @@ FAMILIES = {
             unfused=True,
             compiled=False,
             released={"GLM-4.5-Air": GLM_4_5_AIR},
+            notes=("layers that predict later tokens (MTP) are left out",),
         ),
         Family(
             "gpt_oss",

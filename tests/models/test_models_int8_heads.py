@@ -92,7 +92,7 @@ def test_the_ring_keeps_the_scales_of_its_chunk_alone():
 MOST = 0.03
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "deepseek" not in name])
 @pytest.mark.parametrize("sizes", [(40,), (20, 20), (17, 1, 1, 13, 8), (1,) * 40])
 def test_logits_stay_near_those_of_bf16(family, sizes):
     """A prompt at once, in pieces across chunk borders, and token by token."""
