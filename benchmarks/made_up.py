@@ -14,8 +14,8 @@ import torch
 from moecli.models.config import ModelSpec
 from moecli.models.naming import plan_conversion
 from quant.checkpoint import Checkpoint, TensorInfo
-from quant.convert import quantization_config
 from quant.manifest import MANIFEST_FILE, FileRecord, Manifest
+from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
 from quant.shards import OutputPlan, OutputTensor, Unit, plan_output
 

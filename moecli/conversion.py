@@ -7,24 +7,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moecli.errors import MoecliError
 from moecli.hub.client import Caller
 from moecli.hub.selection import COMPANIONS
 from moecli.models.config import ModelSpec
-from moecli.models.hf_config import BITSANDBYTES, source_scheme, without_prediction
-from moecli.models.naming import plan_conversion
-from quant.bnb_source import open_source
+from moecli.models.facts import ModelFacts, read_facts
+from moecli.models.hf_config import without_prediction
+from moecli.models.naming import Conversion, Shapes, plan_conversion
 from quant.checkpoint import Checkpoint
-from quant.convert import (
+from quant.convert import convert
+from quant.job import (
     SOURCE_DIRECTORY,
     ConversionJob,
     ConversionResult,
     ProgressCallback,
-    convert,
     partial_of,
 )
 from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
+from quant.sources.opening import open_source, unpacked
 from quant.supply import AllThere, Supply
 
 Notify = Callable[[str], None]
@@ -45,10 +45,10 @@ def quantize_model(
     """Quantize the checkpoint in `source` to `out`, or take up what was interrupted.
 
     Routed experts take `scheme`; attention, shared experts and an untied head `dense_scheme`, or
-    16 bits with None. The source has 16 bits itself, or was quantized with bitsandbytes. `notify`
-    hears what of it is left out. Raises MoecliError and QuantError for anything wrong with the
-    source, and QuantError when `out` exists or cannot be written; what was finished then stays for
-    a next try.
+    16 bits with None. The source has 16 bits itself, or is packed in one of the forms of
+    quant.sources. `notify` hears what of it is left out. Raises MoecliError and QuantError for
+    anything wrong with the source, and QuantError when `out` exists or cannot be written; what was
+    finished then stays for a next try.
     """
     return convert(local_job(source, out, scheme, dense_scheme, notify), progress)
 
@@ -61,14 +61,7 @@ def local_job(
     notify: Notify = _say_nothing,
 ) -> ConversionJob:
     """What quantize_model does."""
-    checkpoint = open_source(source)
-    scheme_there = source_scheme(checkpoint.config)
-    if scheme_there is not None and not scheme_there.startswith(BITSANDBYTES):
-        raise MoecliError(
-            f"`{source}` is quantized already ({scheme_there})",
-            "start from the 16-bit checkpoint, or from one quantized with bitsandbytes",
-        )
-    return _job(checkpoint, out, scheme, dense_scheme, AllThere(), notify)
+    return _job(open_source(source), out, scheme, dense_scheme, AllThere(), notify)
 
 
 def quantize_from_hub(
@@ -109,13 +102,7 @@ def hub_job(
 
     directory = partial_of(out) / SOURCE_DIRECTORY
     repository = pinned(repo_id, revision, directory, caller)
-    checkpoint = open_remote(repository, directory, caller)
-    scheme_there = source_scheme(checkpoint.config)
-    if scheme_there is not None:
-        raise MoecliError(
-            f"`{repo_id}` is quantized already ({scheme_there})",
-            f"start from the 16-bit model; of bitsandbytes, `moecli pull {repo_id}` first",
-        )
+    checkpoint = unpacked(open_remote(repository, directory, caller))
     names = weights_of(repository, checkpoint.path)
     supply = HubSupply(repository, names, directory, caller, arrived)
     return _job(checkpoint, out, scheme, dense_scheme, supply, notify)
@@ -130,14 +117,15 @@ def _job(
     notify: Notify,
 ) -> ConversionJob:
     config = _without_quantization(checkpoint.config)
-    spec = ModelSpec.from_hf(config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    conversion = plan_conversion(spec, shapes, dense_scheme)
+    facts = read_facts(config)
+    conversion = _conversion(facts, shapes, dense_scheme)
     if conversion.left_out:
         config = without_prediction(config)
         notify(
-            f"layers beyond the model's {spec.num_layers} are left out ({len(conversion.left_out)} "
-            "tensors): they guess later tokens than the next (MTP), which moecli does not do"
+            f"layers beyond the model's {facts.num_layers} are left out "
+            f"({len(conversion.left_out)} tensors): they guess later tokens than the next (MTP), "
+            "which moecli does not do"
         )
     config["quantization_config"] = quantization_config(
         scheme, dense_scheme, conversion.ignore, conversion.expert_targets
@@ -153,6 +141,14 @@ def _job(
         extra_files=tuple(name for name in COMPANIONS if (checkpoint.path / name).is_file()),
         supply=supply,
     )
+
+
+def _conversion(spec: ModelFacts, shapes: Shapes, dense_scheme: QuantScheme | None) -> Conversion:
+    if isinstance(spec, ModelSpec):
+        return plan_conversion(spec, shapes, dense_scheme)
+    from moecli.models.hf.conversion import plan_library_conversion
+
+    return plan_library_conversion(spec, shapes, dense_scheme)
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

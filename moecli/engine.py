@@ -16,22 +16,24 @@ from moecli.events import Event
 from moecli.favourites import Favourites
 from moecli.footprint import expert_layout
 from moecli.generation import Runtime, forward_together, generate
-from moecli.kv_cache import KvCache
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
-from moecli.models.decoder import Decoder
+from moecli.models.facts import ModelFacts, read_facts
 from moecli.models.naming import dense_loader
+from moecli.models.outline import Counted
+from moecli.models.text_decoder import TextDecoder
 from moecli.opening_device import (
     compute_device,
     dense_weights,
     device_machine,
     device_settings,
     open_device,
+    within_library,
     within_paths,
 )
 from moecli.parts import Parts
 from moecli.planning import plan_model
-from moecli.processor import KV_DTYPE, ProcessorParts
+from moecli.processor import KV_DTYPE, OwnModel, ProcessorModel, ProcessorParts
 from moecli.session import Session
 from moecli.tokenizer import Tokenizer
 from offload.disk import DiskTier, ExpertSpan
@@ -67,16 +69,16 @@ class Engine:
         usage_file: Path | None = None,
     ) -> None:
         self.path = checkpoint.path
-        self.spec = ModelSpec.from_hf(dict(checkpoint.config))
+        self.spec = read_facts(checkpoint.config)
         self._favourites = Favourites(usage_file, self.spec, notify)
         self.tokenizer = Tokenizer.open(self.path)
         self.generation_config = _read_generation_config(self.path)
         self.ctx = context_size(config.ctx, self.spec)
+        if not isinstance(self.spec, ModelSpec):
+            config = within_library(config, self.spec, self.ctx, notify)
         device = compute_device(config, self.spec)
-        weights = dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense)
         self._parts: Parts
         if device is None:
-            kv_dtype = torch.int8 if config.kv_dtype == "int8" else KV_DTYPE
             use_kernels(config.kernels, torch.device("cpu"))
             known = with_compute(
                 detect(self.path), checkpoint.layout, self.spec.experts_per_token, measure=False
@@ -86,14 +88,15 @@ class Engine:
                 self.spec,
                 checkpoint.layout,
                 self.plan,
-                weights,
+                _processor_model(checkpoint, self.spec, self.ctx, config),
                 _disk(checkpoint, self.spec, self.plan),
-                lambda: KvCache(self.spec, self.ctx, kv_dtype),
                 self._favourites.usage,
                 config.keep_experts,
                 trace,
             )
         else:
+            assert isinstance(self.spec, ModelSpec), "the library's models stay on the processor"
+            weights = dense_loader(self.spec, checkpoint.checkpoint.tensors, checkpoint.dense)
             settings = device_settings(device, config, self.ctx, notify)
             machine = device_machine(self.path, self.spec, checkpoint.layout, config)
             limited = within_paths(config, settings.paths)
@@ -121,7 +124,7 @@ class Engine:
         )
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> TextDecoder:
         return self._parts.decoder
 
     @classmethod
@@ -239,7 +242,7 @@ class Engine:
         self.close()
 
 
-def context_size(asked: int | None, spec: ModelSpec) -> int:
+def context_size(asked: int | None, spec: Counted) -> int:
     """Tokens of context: what was asked for, or the smaller of the model's own and 8192."""
     if asked is None:
         return min(spec.max_context, DEFAULT_CTX)
@@ -251,9 +254,21 @@ def context_size(asked: int | None, spec: ModelSpec) -> int:
     return asked
 
 
+def _processor_model(
+    checkpoint: QuantizedCheckpoint, spec: ModelFacts, ctx: int, config: EngineConfig
+) -> ProcessorModel:
+    names = checkpoint.checkpoint.tensors
+    if isinstance(spec, ModelSpec):
+        kv_dtype = torch.int8 if config.kv_dtype == "int8" else KV_DTYPE
+        return OwnModel(spec, dense_loader(spec, names, checkpoint.dense), ctx, kv_dtype)
+    from moecli.models.hf.model import LibraryModel
+
+    return LibraryModel(spec, names, checkpoint.dense, ctx)
+
+
 def _plan(
     checkpoint: QuantizedCheckpoint,
-    spec: ModelSpec,
+    spec: ModelFacts,
     ctx: int,
     config: EngineConfig,
     machine: Machine,
@@ -263,7 +278,7 @@ def _plan(
     return plan_model(spec, schemes, ctx, config, machine)
 
 
-def _disk(checkpoint: QuantizedCheckpoint, spec: ModelSpec, plan: MemoryPlan) -> DiskTier:
+def _disk(checkpoint: QuantizedCheckpoint, spec: ModelFacts, plan: MemoryPlan) -> DiskTier:
     spans = {
         (layer, expert): ExpertSpan(*checkpoint.expert_span(layer, expert))
         for layer in spec.moe_layers

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moecli.expert_math import address_table
-from moecli.models.config import ModelSpec
+from moecli.gated import Gate, gated_experts
+from moecli.models.facts import ModelFacts
 from offload.manager import ExpertManager
 from offload.stream import Stream
 from offload.usage import ExpertUsage
@@ -33,16 +34,20 @@ class OffloadedExperts:
         self,
         manager: ExpertManager,
         layout: ExpertLayout,
-        spec: ModelSpec,
+        spec: ModelFacts,
         usage: ExpertUsage,
+        gates: Mapping[int, Gate] | None = None,
         biases: Mapping[int, Tensor] | None = None,
+        activation: str = "silu",
     ) -> None:
-        """`usage` counts what is asked for here; `biases`: by layer, fp32 [E, 2 I + H]."""
+        """`usage` counts what is asked for here; `gates`, by layer, where no activation is known to
+        kernels; `biases`: by layer, fp32 [E, 2 I + H]."""
         self._manager = manager
         self._usage = usage
+        self._gates = gates or {}
         self._layout = layout
         self._spec = spec
-        self._biases = biases or {}
+        self._biases, self._activation = biases or {}, activation
         self._stream: Stream | None = None  # the newest
         self._guess: tuple[int, list[int]] | None = None  # a layer and its experts
         total = len(spec.moe_layers) * spec.num_experts
@@ -65,7 +70,9 @@ class OffloadedExperts:
         self._usage.add(layer, wanted)
         self._stream = self._manager.stream(layer, wanted)
         choices = Choices(
-            *(hidden, topk_ids, topk_weights, self._layout, self._spec), self._biases.get(layer)
+            *(hidden, topk_ids, topk_weights, self._layout, self._spec),
+            self._gates.get(layer),
+            {"biases": self._biases.get(layer), "activation": self._activation},
         )
         return PendingExperts(self._stream, len(wanted), choices, self._send_guess_beside)
 
@@ -75,7 +82,7 @@ class OffloadedExperts:
         likeliest = experts[counts.argsort(descending=True, stable=True)]
         most = self._manager.capacity // 2
         self._guess = layer, likeliest[:most].tolist()
-        if not self._spec.layers[layer - 1].moe:
+        if layer - 1 not in self._spec.moe_layers:
             self._send_guess(most)  # nothing else is under way
 
     def _send_guess_beside(self, stream: Stream) -> None:
@@ -105,21 +112,21 @@ class Choices:
         topk_ids: Tensor,  # [T, k]
         topk_weights: Tensor,  # [T, k]
         layout: ExpertLayout,
-        spec: ModelSpec,
-        biases: Tensor | None,  # fp32 [E, 2 I + H]
+        spec: ModelFacts,
+        gate: Gate | None,
+        options: Mapping[str, Any],  # of the ops
     ) -> None:
         self._chosen = hidden, topk_ids, topk_weights
         self._num_experts = spec.num_experts
-        self._layout = layout
-        self._options: dict[str, Any] = {
-            "weight_on_input": spec.weight_on_input,
-            "activation": spec.expert_activation,
-            "biases": biases,
-        }
+        self._layout, self._gate = layout, gate
+        self._options = {**options, "weight_on_input": spec.weight_on_input}
         self._total: Tensor | None = None  # [T, k, H], once there is more than one group
 
     def compute_all(self, addresses: dict[int, int]) -> Tensor:
         """[T, H] where every expert lies somewhere."""
+        if self._gate is not None:
+            self.compute(addresses)
+            return self.sum()
         hidden = self._chosen[0]
         out = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
         ops.add_routed_experts(
@@ -152,6 +159,8 @@ class Choices:
 
     def _contributions(self, hidden: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
         """[tokens, choices, H]"""
+        if self._gate is not None:
+            return gated_experts(hidden, ids, weights, table, self._layout, self._gate)
         return ops.routed_experts(*(hidden, ids, weights, table, self._layout), **self._options)
 
 

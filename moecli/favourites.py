@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from moecli.models.config import ModelSpec
+from moecli.models.facts import ModelFacts
 from offload.errors import OffloadError
 from offload.keys import ExpertKey
 from offload.usage import ExpertUsage
@@ -16,7 +16,7 @@ class Favourites:
     said aloud through `notify`; a run does not fail for it.
     """
 
-    def __init__(self, path: Path | None, spec: ModelSpec, notify: Callable[[str], None]) -> None:
+    def __init__(self, path: Path | None, spec: ModelFacts, notify: Callable[[str], None]) -> None:
         self._path, self._spec, self._notify = path, spec, notify
         self.usage = self._nothing()  # of this run
         self.keys: list[ExpertKey] = self._before().favourites()  # the most wanted first

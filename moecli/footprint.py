@@ -1,11 +1,12 @@
-"""Knows how many bytes each part of a model takes in memory, from its spec and schemes alone."""
+"""Knows how many bytes each part of a model takes, from its spec or outline and schemes alone."""
 
 from moecli.config import KV_DTYPES, RUN_SCHEMES
 from moecli.models.config import DenseTensor, ModelSpec
 from moecli.models.latent_sizes import workspace_numel
+from moecli.models.outline import Counted, Outline, Own
 from offload.plan import ModelFootprint
-from quant.layout import ExpertLayout
-from quant.scheme import QuantScheme
+from quant.layout import SLOT_ALIGNMENT, ExpertLayout
+from quant.scheme import GROUP_SIZES, QuantScheme
 
 _KV_ITEMSIZES = {"auto": (2, 0), "bf16": (2, 0), "int8": (1, 2)}  # of a number, and of a scale
 STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
@@ -13,14 +14,45 @@ COMPUTE_ITEMSIZE = 4  # activations are fp32, and what must not be rounded
 _BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantization
 
 
-def expert_layout(spec: ModelSpec, scheme: QuantScheme) -> ExpertLayout:
+def expert_layout(spec: Counted, scheme: QuantScheme) -> ExpertLayout:
     return ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, scheme)
+
+
+def expert_nbytes(spec: Counted, scheme: QuantScheme | None) -> int:
+    """Bytes of one routed expert, its biases in 16 bits; `scheme` None: 16 bits throughout."""
+    if scheme is None:
+        return STORED_ITEMSIZE * spec.expert_numel
+    biases = spec.expert_bias_numel if isinstance(spec, Outline) else 0
+    return expert_layout(spec, scheme).nbytes + STORED_ITEMSIZE * biases
+
+
+def stored_nbytes(
+    spec: Counted, scheme: QuantScheme | None, dense_scheme: QuantScheme | None
+) -> int:
+    """Bytes of all weights in a checkpoint, a vision tower in 16 bits included."""
+    dense = sum(stored_tensor_nbytes(tensor, dense_scheme) for tensor in spec.dense_tensors)
+    experts = len(spec.moe_layers) * spec.num_experts * expert_nbytes(spec, scheme)
+    return dense + experts + STORED_ITEMSIZE * spec.num_vision_params
+
+
+def fitting(spec: Counted, scheme: QuantScheme, experts: bool) -> QuantScheme:
+    """`scheme` with the widest groups, up to its own, that divide the rows it is for.
+
+    `experts`: those of routed experts; else those of all other linears.
+    """
+    if experts:
+        widths = {spec.hidden_size, spec.expert_intermediate_size}
+    else:
+        widths = {tensor.shape[1] for tensor in spec.dense_tensors if tensor.linear}
+    groups = (g for g in sorted(GROUP_SIZES, reverse=True) if g <= scheme.group_size)
+    whole = (g for g in groups if not any(width % g for width in widths))
+    return QuantScheme(scheme.bits, next(whole, scheme.group_size))
 
 
 def tensor_nbytes(
     tensor: DenseTensor, scheme: QuantScheme | None, run_scheme: str = "stored"
 ) -> int:
-    """Bytes of a tensor outside the routed experts; `scheme` None: 16 bits throughout.
+    """Bytes in memory of a tensor outside the routed experts; `scheme` as it is stored in.
 
     `run_scheme` nf4 or llm-int8: what bitsandbytes keeps of it once it is opened.
     """
@@ -29,14 +61,19 @@ def tensor_nbytes(
         return COMPUTE_ITEMSIZE * tensor.numel
     if not tensor.linear:
         return STORED_ITEMSIZE * tensor.numel
-    rows, columns = tensor.shape
     if run_scheme == "llm-int8":
-        return tensor.numel + 4 * rows  # a byte a weight, and an fp32 scale a row
+        return tensor.numel + 4 * tensor.shape[0]  # a byte a weight, and an fp32 scale a row
     if run_scheme == "nf4":
         return _nf4_nbytes(tensor.numel)
-    if scheme is not None:
-        return scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
-    return STORED_ITEMSIZE * tensor.numel
+    return stored_tensor_nbytes(tensor, scheme)
+
+
+def stored_tensor_nbytes(tensor: DenseTensor, scheme: QuantScheme | None) -> int:
+    """Bytes in a checkpoint of a tensor outside the routed experts; None: 16 bits throughout."""
+    if scheme is None or not tensor.linear:
+        return STORED_ITEMSIZE * tensor.numel
+    rows, columns = tensor.shape
+    return scheme.packed_nbytes(rows, columns) + scheme.scale_nbytes(rows, columns)
 
 
 def _nf4_nbytes(numel: int) -> int:
@@ -45,13 +82,15 @@ def _nf4_nbytes(numel: int) -> int:
     return -(-numel // 2) + blocks + 4 * (-(-blocks // _BNB_NESTED_BLOCK) + 256 + 1)
 
 
-def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+def workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     """Most bytes of activations that are alive at once while a chunk of prompt passes a layer.
 
     Hidden states, their norm and the residual; queries, keys, values and the attended result;
     scores of one block; the choices' contributions twice (total and wave); one expert's inner
     activations for every token; and the logits of a token.
     """
+    if not isinstance(spec, Own):
+        return spec.workspace_nbytes(ctx, prefill_chunk)
     tokens = min(prefill_chunk, ctx)
     inner = max(
         spec.expert_intermediate_size, spec.shared_intermediate_size, spec.dense_intermediate_size
@@ -62,34 +101,42 @@ def workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
     return COMPUTE_ITEMSIZE * numel
 
 
-def _attention_numel(spec: ModelSpec, tokens: int, ctx: int) -> int:
-    if spec.latent is not None:
+def _attention_numel(spec: Own, tokens: int, ctx: int) -> int:
+    if isinstance(spec, ModelSpec) and spec.latent is not None:
         return workspace_numel(spec.latent, spec.num_heads, tokens, ctx)
     return tokens * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
 
 
-def kv_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+def kv_nbytes(spec: Counted, ctx: int, prefill_chunk: int, kv_dtype: str) -> int:
     """Bytes of a KV cache; `kv_dtype` is EngineConfig's."""
     assert kv_dtype in KV_DTYPES, f"no dtype of a KV cache is called {kv_dtype}"
+    if not isinstance(spec, Own):
+        return spec.cache_nbytes(ctx, prefill_chunk)
     return spec.kv_nbytes(ctx, *_KV_ITEMSIZES[kv_dtype])
 
 
-def expanded_nbytes(spec: ModelSpec, ctx: int, kv_dtype: str) -> int:
+def expanded_nbytes(spec: Counted, ctx: int, kv_dtype: str) -> int:
     """What a chunk of prompt needs besides where the KV cache is int8: one layer of it in bf16."""
-    if kv_dtype != "int8":
+    if kv_dtype != "int8" or not isinstance(spec, Own):
         return 0
     longest = max(spec.kv_capacity(layer, ctx) for layer in range(spec.num_layers))
     return 2 * spec.num_kv_heads * spec.head_dim * STORED_ITEMSIZE * longest
 
 
-def device_workspace_nbytes(spec: ModelSpec, ctx: int, prefill_chunk: int) -> int:
+def device_workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     """The same where a device computes: all choices' inner activations are alive at once there."""
     inner = min(prefill_chunk, ctx) * spec.experts_per_token * spec.expert_intermediate_size
     return workspace_nbytes(spec, ctx, prefill_chunk) + COMPUTE_ITEMSIZE * inner
 
 
+def active_weights(spec: Counted) -> int:
+    """Weights that a token of a prompt is multiplied with: the last one alone meets the head."""
+    linears = sum(t.numel for t in spec.dense_tensors if t.linear and "lm_head" not in t.name)
+    return linears + len(spec.moe_layers) * spec.experts_per_token * spec.expert_numel
+
+
 def model_footprint(
-    spec: ModelSpec,
+    spec: Counted,
     scheme: QuantScheme,
     dense_scheme: QuantScheme | None,
     ctx: int,
@@ -101,7 +148,7 @@ def model_footprint(
 
     `run_scheme` is EngineConfig.dense_scheme, `kv_dtype` its namesake there.
     """
-    layout = expert_layout(spec, scheme)
+    expert = expert_nbytes(spec, scheme)
     embedding = 0
     if not spec.tie_word_embeddings:  # a tied one is read whole, as the head
         embedding = STORED_ITEMSIZE * spec.vocab_size * spec.hidden_size
@@ -109,16 +156,17 @@ def model_footprint(
     return ModelFootprint(
         dense_nbytes=dense - embedding,
         embedding_nbytes=embedding,
-        kv_nbytes=kv_nbytes(spec, ctx, kv_dtype),
+        kv_nbytes=kv_nbytes(spec, ctx, prefill_chunk, kv_dtype),
         workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk)
         + expanded_nbytes(spec, ctx, kv_dtype),
         num_moe_layers=len(spec.moe_layers),
         num_experts=spec.num_experts,
         experts_per_token=spec.experts_per_token,
-        expert_nbytes=layout.nbytes,
-        slot_nbytes=layout.slot_nbytes,
+        expert_nbytes=expert,
+        slot_nbytes=-(-expert // SLOT_ALIGNMENT) * SLOT_ALIGNMENT,
         intermediate_size=spec.expert_intermediate_size,
         group_size=scheme.group_size,
         device_workspace_nbytes=device_workspace_nbytes(spec, ctx, prefill_chunk),
         prefill_tokens=min(prefill_chunk, ctx),
+        active_weights=active_weights(spec),
     )

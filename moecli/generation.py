@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from moecli.config import SamplingConfig
 from moecli.events import Event, Finished, FinishReason, GenerationStats, PrefillProgress, TextDelta
+from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch, SequenceSlice
-from moecli.models.decoder import Decoder
+from moecli.models.text_decoder import TextDecoder
 from moecli.session import Session
 from moecli.stopping import StopFilter
 from moecli.tokenizer import Tokenizer
@@ -31,7 +33,7 @@ TokenSource = Callable[[Session, Tensor, SamplingConfig], Generator[int, None, N
 class Runtime:
     """What generating needs: the parts, the most tokens a sequence may have, tokens a chunk."""
 
-    decoder: Decoder
+    decoder: TextDecoder
     tokenizer: Tokenizer
     tokens: TokenSource
     stats: Callable[[], CacheStats]
@@ -86,17 +88,17 @@ def generate(
     yield Finished(reason, answer.text, stats)
 
 
-def forward(decoder: Decoder, session: Session, tokens: list[int]) -> Tensor:
+def forward(decoder: TextDecoder, session: Session, tokens: list[int]) -> Tensor:
     """Logits [V] after `tokens`, which the session then holds."""
     return forward_together(decoder, [session], [tokens])[0]
 
 
 def forward_together(
-    decoder: Decoder, sessions: Sequence[Session], tokens: Sequence[list[int]]
+    decoder: TextDecoder, sessions: Sequence[Session], tokens: Sequence[list[int]]
 ) -> Tensor:
     """Logits [S, V] after the next tokens of each session, which it then holds."""
     slices = tuple(
-        SequenceSlice(session.cache, session.cache.length, len(new))
+        SequenceSlice(cast(KvCache, session.cache), session.cache.length, len(new))
         for session, new in zip(sessions, tokens, strict=True)
     )
     token_ids = torch.tensor([token for new in tokens for token in new], device=decoder.device)

@@ -16,20 +16,21 @@ _BYTE = 0x3C  # makes small scales: nothing overflows
 
 
 def with_compute(
-    machine: Machine, layout: ExpertLayout, top_k: int, measure: bool = True
+    machine: Machine, layout: ExpertLayout, top_k: int, measure: bool = True, shared_by: int = 0
 ) -> Machine:
     """`machine` with all bandwidths that it does not state, those of experts on the CPU too.
 
     Without `measure` only with those that were measured before. Takes torch's present number of
-    threads.
+    threads. `shared_by`: see `expert_compute`.
     """
-    return with_bandwidths(machine, expert_compute(layout, top_k), measure=measure)
+    return with_bandwidths(machine, expert_compute(layout, top_k, shared_by), measure=measure)
 
 
-def expert_compute(layout: ExpertLayout, top_k: int) -> HostCompute:
+def expert_compute(layout: ExpertLayout, top_k: int, shared_by: int = 0) -> HostCompute:
     """Experts of this kind on the CPU as a decode step asks for them: one token, `top_k` experts.
 
-    With torch's present number of threads, and the backend that is chosen for the CPU.
+    And as a prompt does, where `shared_by` tokens share each; 0: that is not asked for. With
+    torch's present number of threads, and the backend that is chosen for the CPU.
     """
     name = (
         f"{layout.scheme.name} {layout.hidden_size}x{layout.intermediate_size} top-{top_k} "
@@ -37,19 +38,31 @@ def expert_compute(layout: ExpertLayout, top_k: int) -> HostCompute:
     )
     blobs: list[torch.Tensor] = []
 
-    def compute() -> int:
+    def addresses_of_all() -> torch.Tensor:
         if not blobs:  # on the first run, which warms up
             blobs.extend(_experts(layout, top_k))
+        return torch.tensor([blob.data_ptr() for blob in blobs])  # [E]
+
+    def compute() -> int:
+        addresses = addresses_of_all()
         hidden = torch.ones(1, layout.hidden_size)  # [T, H]
         weights = torch.ones(1, top_k)  # [T, k]
-        addresses = torch.tensor([blob.data_ptr() for blob in blobs])  # [E]
         steps = len(blobs) // top_k
         for step in range(steps):
             chosen = torch.arange(step * top_k, (step + 1) * top_k)[None]  # [T, k]
             ops.routed_experts(hidden, chosen, weights, addresses, layout)
         return steps * top_k * layout.nbytes
 
-    return HostCompute(name, compute)
+    def share() -> int:
+        addresses = addresses_of_all()
+        tokens = shared_by * len(blobs) // top_k
+        chosen = (torch.arange(tokens * top_k) % len(blobs)).view(tokens, top_k)  # [T, k]
+        weights = torch.ones(tokens, top_k)
+        hidden = torch.ones(tokens, layout.hidden_size)
+        ops.routed_experts(hidden, chosen, weights, addresses, layout)
+        return 2 * chosen.numel() * layout.num_weights
+
+    return HostCompute(name, compute, share if shared_by else None, shared_by)
 
 
 def _experts(layout: ExpertLayout, top_k: int) -> list[torch.Tensor]:

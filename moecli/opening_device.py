@@ -18,7 +18,8 @@ from moecli.favourites import Favourites
 from moecli.graphs import captured, eager
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
-from moecli.models.device_step import unknown_on_a_device
+from moecli.models.facts import LibraryFacts, ModelFacts
+from moecli.models.on_device import refusal
 from moecli.processor import KV_DTYPE
 from moecli.selfcheck import FastPaths, fast_paths
 from offload.disk import DiskTier
@@ -34,7 +35,7 @@ StoredWeights = Callable[[str], QuantizedWeight | torch.Tensor]
 GIB = 2**30
 
 
-def compute_device(config: EngineConfig, spec: ModelSpec) -> torch.device | None:
+def compute_device(config: EngineConfig, spec: ModelFacts) -> torch.device | None:
     """The device that is to compute; None: the processor.
 
     Raises MoecliError where a device is asked for and there is none, or it cannot run this model.
@@ -42,12 +43,9 @@ def compute_device(config: EngineConfig, spec: ModelSpec) -> torch.device | None
     simulated = config.device == SIMULATED
     if not simulated and not takes_card(config):
         return None
-    unknown = unknown_on_a_device(spec)
-    if unknown is not None:
-        raise MoecliError(
-            f"moecli cannot compute {unknown} on a graphics card yet, which {spec.family} has",
-            "compute on the processor with `--device cpu`",
-        )
+    refused = refusal(spec) if isinstance(spec, ModelSpec) else None
+    if refused is not None:
+        raise refused
     return torch.device("cpu" if simulated else "cuda")
 
 
@@ -74,6 +72,31 @@ def device_machine(
     if config.device == SIMULATED:
         return detect(path)
     return with_compute(detect(path, gpu=True), layout, spec.experts_per_token)
+
+
+def within_library(
+    config: EngineConfig, spec: LibraryFacts, ctx: int, notify: Notify
+) -> EngineConfig:
+    """The settings of a model that the library computes: on the processor, as stored, in fp32.
+
+    Raises MoecliError for what was asked for and is not to be had.
+    """
+    reason = f"`{spec.architecture}` is computed by transformers, "
+    if config.device == "cuda" or config.vram_nbytes:
+        raise MoecliError(
+            reason + "which moecli runs on the processor alone",
+            "leave out `--device` and `--vram`",
+        )
+    if config.kv_dtype != "auto":
+        raise MoecliError(reason + "whose KV cache is in fp32 here", "leave out `--kv-dtype`")
+    if config.dense_scheme != "stored":
+        raise MoecliError(
+            reason + "and its dense weights stay as they are stored", "leave out `--dense-scheme`"
+        )
+    if takes_card(config):
+        notify(reason + "which moecli runs on the processor: the graphics card is not used")
+    chunk = spec.chunk_size(ctx, config.prefill_chunk)
+    return replace(config, device="cpu", prefill_chunk=chunk)
 
 
 def within_paths(config: EngineConfig, paths: FastPaths) -> EngineConfig:

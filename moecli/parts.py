@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from moecli.generation import TokenSource
-from moecli.models.decoder import Decoder
+from moecli.models.text_decoder import TextDecoder
 from moecli.session import Session
 from offload.stats import CacheStats
 
@@ -13,7 +13,7 @@ class Parts(Protocol):
     """A model that is placed and ready."""
 
     @property
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> TextDecoder: ...
 
     @property
     def tokens(self) -> TokenSource: ...

@@ -1,20 +1,42 @@
 """Knows how a model, its settings and a machine become the plan that is shown and executed."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint
+from moecli.models import on_device
 from moecli.models.config import ModelSpec
+from moecli.models.outline import Counted
 from offload.errors import OffloadError
 from offload.hardware import Machine
 from offload.plan import MemoryPlan, ModelFootprint, plan_context
 from quant.scheme import QuantScheme
 
+Schemes = tuple[QuantScheme, QuantScheme | None]  # of the experts and of the rest
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that a plan follows from; `ctx` in tokens."""
+
+    spec: Counted
+    schemes: Schemes
+    ctx: int
+    config: EngineConfig
+    machine: Machine
+
+    def answer(self) -> MemoryPlan:
+        """What would lie where, of models too that moecli cannot run there: see `refusal`.
+
+        Raises OffloadError where that does not fit; the hint says what would.
+        """
+        return _proposed(self.spec, self.schemes, self.ctx, self.config, self.machine)
+
 
 def plan_model(
-    spec: ModelSpec,
-    schemes: tuple[QuantScheme, QuantScheme | None],
+    spec: Counted,
+    schemes: Schemes,
     ctx: int,
     config: EngineConfig,
     machine: Machine,
@@ -25,13 +47,44 @@ def plan_model(
     settings allow it. Raises OffloadError when that does not fit; the hint says what would; and
     MoecliError for what a card cannot do.
     """
+    plan = _proposed(spec, schemes, ctx, config, machine)
+    refused = refusal(spec, config, plan)
+    if refused is not None:
+        raise refused
+    return plan
+
+
+def refusal(spec: Counted, config: EngineConfig, plan: MemoryPlan) -> MoecliError | None:
+    """Why moecli cannot run a plan that fits; None where it can."""
+    if plan.on_device and config.kv_dtype == "int8":
+        return MoecliError(
+            "graphics cards do not read a KV cache in int8 yet",
+            "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
+        )
+    if not isinstance(spec, ModelSpec):
+        return None
     if spec.latent is not None and config.kv_dtype == "int8":
-        raise MoecliError(
+        return MoecliError(
             "the KV cache of this model keeps latents, which moecli does not round to int8",
             "leave out `--kv-dtype`: latents are small already",
         )
+    return on_device.refusal(spec) if plan.on_device else None
+
+
+def _proposed(
+    spec: Counted,
+    schemes: Schemes,
+    ctx: int,
+    config: EngineConfig,
+    machine: Machine,
+) -> MemoryPlan:
+    if config.placement == "lru" and spec.experts_per_token == spec.num_experts:
+        raise MoecliError(
+            "every token takes all experts here: slots that change by use would never hit",
+            "give `--placement pinned`, or leave it out",
+        )
     try:
-        plan = _plan(spec, schemes, ctx, config, machine)
+        return _plan(spec, schemes, ctx, config, machine)
     except OffloadError as error:
         smaller = replace(config, dense_scheme="nf4")
         if config.dense_scheme != "stored" or not _fits(spec, schemes, ctx, smaller, machine):
@@ -40,23 +93,11 @@ def plan_model(
         raise OffloadError(
             error.message, hint if error.hint is None else f"{hint}; or {error.hint}"
         ) from error
-    if plan.on_device and config.kv_dtype == "int8":
-        raise MoecliError(
-            "graphics cards do not read a KV cache in int8 yet",
-            "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
-        )
-    if plan.on_device and spec.latent is not None:
-        raise MoecliError(
-            "moecli has no kernels yet for graphics cards that attend to latents (MLA), "
-            f"as this `{spec.architecture}` does",
-            "compute on the processor with `--device cpu`",
-        )
-    return plan
 
 
 def _plan(
-    spec: ModelSpec,
-    schemes: tuple[QuantScheme, QuantScheme | None],
+    spec: Counted,
+    schemes: Schemes,
     ctx: int,
     config: EngineConfig,
     machine: Machine,
@@ -74,8 +115,8 @@ def _plan(
 
 
 def _fits(
-    spec: ModelSpec,
-    schemes: tuple[QuantScheme, QuantScheme | None],
+    spec: Counted,
+    schemes: Schemes,
     ctx: int,
     config: EngineConfig,
     machine: Machine,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.convert import ConversionJob, plan_of
+from quant.job import ConversionJob, plan_of
 from quant.quantize import quantize_measured
 from quant.safetensors_file import memory_of
+from quant.schedule import files_of, turns_of
 from quant.workers import Workers
 
 _SAMPLE_SHAPE = (512, 4096)  # a block of a conversion
@@ -23,6 +24,7 @@ class Preview:
 
     out: str
     source_nbytes: int
+    source_form: str  # how its weights are packed, for people; empty for plain floats
     download_nbytes: int
     out_nbytes: int
     peak_disk_nbytes: int
@@ -31,16 +33,12 @@ class Preview:
     bpw: float
     quantize_rate: float
     network_rate: float | None  # None where nothing is to be downloaded
+    quantizing_s: float
     seconds: float
 
     @property
     def bottleneck(self) -> str:
-        if self.network_rate is None:
-            return "quantizing"
-        download_s = self.download_nbytes / self.network_rate
-        return (
-            "the network" if download_s > self.source_nbytes / self.quantize_rate else "quantizing"
-        )
+        return "the network" if self.seconds > self.quantizing_s else "quantizing"
 
 
 def preview(job: ConversionJob, stated_rate: float | None) -> Preview:
@@ -48,17 +46,20 @@ def preview(job: ConversionJob, stated_rate: float | None) -> Preview:
     stated; download and quantization go on at the same time, so the slower one counts.
     """
     plan, supply = plan_of(job), job.supply
-    download, room = supply.download_nbytes(), supply.room_nbytes()
+    turns = files_of(turns_of(job.source, plan.placed))
+    download, room = supply.download_nbytes(), supply.room_nbytes(turns)
     rate = None
     if download:
         rate = supply.measure_rate() if stated_rate is None else stated_rate
     quantize_rate = _quantize_rate(job)
+    quantizing_s = plan.num_weights * _WEIGHT_NBYTES / quantize_rate
     existing = job.out.parent
     while not existing.exists():
         existing = existing.parent
     return Preview(
         out=str(job.out),
         source_nbytes=plan.source_nbytes,
+        source_form=job.source.form,
         download_nbytes=download,
         out_nbytes=plan.nbytes,
         peak_disk_nbytes=plan.nbytes + room,
@@ -67,7 +68,8 @@ def preview(job: ConversionJob, stated_rate: float | None) -> Preview:
         bpw=plan.bpw,
         quantize_rate=quantize_rate,
         network_rate=rate,
-        seconds=max(plan.source_nbytes / quantize_rate, download / rate if rate else 0.0),
+        quantizing_s=quantizing_s,
+        seconds=max(quantizing_s, download / rate if rate else 0.0),
     )
 
 

@@ -10,7 +10,7 @@ from moecli.units import format_bandwidth, format_nbytes, format_wait
 if TYPE_CHECKING:
     from moecli.hub.client import RemoteFile
     from moecli.hub.pulling import Pull
-    from quant.convert import ConversionProgress
+    from quant.job import ConversionProgress
 
 _PERCENT = 10  # between two lines
 _SECONDS = 15.0

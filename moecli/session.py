@@ -1,12 +1,12 @@
 """Knows which tokens of one conversation are in the KV cache, and what of them a prompt keeps."""
 
-from moecli.kv_cache import KvCache
+from moecli.models.text_decoder import SequenceCache
 
 
 class Session:
     """One sequence: its KV cache and the tokens in it."""
 
-    def __init__(self, cache: KvCache) -> None:
+    def __init__(self, cache: SequenceCache) -> None:
         self.cache = cache
         self.tokens: list[int] = []  # exactly what the KV cache holds
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moecli.config import SamplingConfig
 from moecli.generation import forward
-from moecli.models.decoder import Decoder
+from moecli.models.text_decoder import TextDecoder
 from moecli.sampler import new_generator, sample
 from moecli.session import Session
 
@@ -14,7 +14,7 @@ from moecli.session import Session
 class Stepwise:
     """A TokenSource: one forward pass a token, `begin_step` before each."""
 
-    def __init__(self, decoder: Decoder, begin_step: Callable[[], None]) -> None:
+    def __init__(self, decoder: TextDecoder, begin_step: Callable[[], None]) -> None:
         self._decoder = decoder
         self._begin_step = begin_step
 

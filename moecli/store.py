@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moecli import known
 from moecli.errors import MoecliError
 from moecli.hub.client import is_hub_id
 from quant.scheme import QuantScheme
@@ -231,6 +232,13 @@ def _unknown(name: str) -> MoecliError:
         return MoecliError(f"there is no directory `{name}`", "`moecli list` shows what is here")
     if is_hub_id(name):
         return _not_quantized(name)
+    spec = known.find(name)
+    if spec is not None:
+        weights = f"its weights are `{spec.repo_id}`" if spec.repo_id else "none were released"
+        return MoecliError(
+            f"`{name}` is a spec for `moecli plan`, without weights",
+            f"`moecli plan {spec.name}` says whether it fits; {weights}",
+        )
     names = [DEMO, *(path.name for path in _entries() if is_model(path))]
     close = difflib.get_close_matches(name, names, 3, 0.5)
     if close:

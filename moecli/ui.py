@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moecli.hub.client import RemoteFile
     from moecli.hub.pulling import Pull, PullProgress
     from offload.plan import MemoryPlan
-    from quant.convert import ConversionProgress, ConversionResult
+    from quant.job import ConversionProgress, ConversionResult
 
 _RED, _YELLOW, _GREEN = "31;1", "33", "32"
 
@@ -68,6 +68,11 @@ def show_pairs(pairs: Sequence[tuple[str, str, str]]) -> None:
             print(f"{dim(label.ljust(width), sys.stdout)}  {shown}")
         else:
             print(f"{label}\t{full}")
+
+
+def show_command(line: str) -> None:
+    """A command by itself on its line, to be copied."""
+    print(line if is_terminal(sys.stdout) else f"command\t{line}")
 
 
 def show_checks(checks: Sequence[tuple[str, str, str, str | None]]) -> None:
@@ -160,6 +165,9 @@ def _said(plan: "MemoryPlan") -> str:
     return f" (planned: {at_most(plan.predicted_tok_s, plan.bottleneck)})"
 
 
+# Tokens a second, beyond which bandwidth alone says nothing of a step: launching its kernels,
+# drawing a token and writing its text count for more then.
+BEYOND_BANDWIDTH = 1000
 _LIMITS = {
     "ram": "RAM bandwidth",
     "cpu": "the processor",
@@ -170,9 +178,24 @@ _LIMITS = {
 }
 
 
-def at_most(tok_s: float, bottleneck: str | None) -> str:
+def at_most(rate: float, bottleneck: str | None) -> str:
     """A plan knows bandwidths, not what a step costs besides: it must not read like a promise."""
-    return f"at most {tok_s:.1f}, limited by {_LIMITS[bottleneck or '']}"
+    if rate > BEYOND_BANDWIDTH:
+        return f"{tok_s(rate)}: bandwidth does not limit so small a model"
+    return f"at most {tok_s(rate)}, limited by {limit(bottleneck)}"
+
+
+def tok_s(rate: float) -> str:
+    """A speed that bandwidth predicts."""
+    if rate > BEYOND_BANDWIDTH:
+        return f"over {BEYOND_BANDWIDTH}"
+    return f"{rate:.1f}" if rate >= 2 else f"{rate:.2f}"
+
+
+def limit(bottleneck: str | None) -> str:
+    """What a plan calls a bottleneck, for people."""
+    assert bottleneck is not None, "a speed without a bottleneck"
+    return _LIMITS[bottleneck]
 
 
 def _hits(stats: GenerationStats, plan: "MemoryPlan") -> str:
@@ -325,40 +348,17 @@ def show_conversion(result: "ConversionResult", model: str) -> None:
     width = max(len(label) for label, _ in pairs)
     for label, value in pairs:
         say(f"{dim(label.ljust(width), sys.stderr)}  {value}")
+    if result.source_form:
+        show_packed_source(result.source_form)
     say(f"\nnext: {bold(f'moecli chat {model}', sys.stderr)}")
 
 
+def show_packed_source(form: str) -> None:
+    """What to expect of quantizing once more."""
+    show_note(f"the source is {form}: its errors and the new ones add up")
+
+
 # Plans
-
-
-def show_plan(title: str, ctx: int, plan: "MemoryPlan") -> None:
-    """What lies where, and what bandwidth allows."""
-    fixed = "VRAM" if plan.on_device else "RAM"
-    embedding = "VRAM" if plan.embedding_on_device else "RAM"
-    experts = {"VRAM": plan.device_pool_nbytes, "RAM": plan.host_arena_nbytes}
-    lines: list[tuple[str, dict[str, int]]] = [
-        ("dense weights", {fixed: plan.dense_nbytes}),
-        ("embedding", {embedding: plan.embedding_nbytes}),
-        (f"KV cache, {ctx} tokens", {fixed: plan.kv_nbytes}),
-        ("workspace", {fixed: plan.workspace_nbytes}),
-        ("CUDA itself", {"VRAM": plan.context_nbytes}),
-        ("experts on their way", {"VRAM": plan.staging_nbytes, "RAM": plan.bounce_nbytes}),
-        ("experts", {**experts, "disk only": plan.disk_nbytes}),
-        ("free of the budget", {"VRAM": plan.vram_free, "RAM": plan.ram_free}),
-        ("budget", {"VRAM": plan.vram_budget, "RAM": plan.ram_budget}),
-    ]
-    columns = ["VRAM", "RAM", "disk only"]
-    if not plan.on_device:
-        columns.remove("VRAM")
-        lines = [line for line in lines if line[0] not in ("CUDA itself", "experts on their way")]
-    rows = [
-        [(label, label), *(_size_cell(cells.get(column, 0)) for column in columns)]
-        for label, cells in lines
-    ]
-    show_table((title, *columns), rows)
-    if is_terminal(sys.stdout):
-        print()
-    show_pairs(_placement(plan) + _speeds(plan))
 
 
 def places(plan: "MemoryPlan") -> str:
@@ -381,62 +381,6 @@ def memory(plan: "MemoryPlan") -> str:
         return ram
     vram = f"{format_nbytes(plan.vram_nbytes)} of {format_nbytes(plan.vram_budget)}"
     return f"{vram} VRAM and {ram} RAM"
-
-
-_PLACEMENTS = {
-    "lru": "slots that change by use",
-    "pinned": "slots that are filled once",
-    "slice": "the first rows of every expert",
-}
-
-
-def _placement(plan: "MemoryPlan") -> list[tuple[str, str, str]]:
-    """Where experts are and how they come from there: (label, for people, in full)."""
-    total = plan.total_experts
-    if not plan.on_device:
-        return [("slots", places(plan), f"{plan.host_slots}\t{total}")]
-    in_vram = f"{plan.device_slots}\t{plan.host_slots}\t{total}"
-    if plan.slice_size:
-        in_vram = f"{plan.slice_size}\t{plan.intermediate_size}\t{plan.host_slots}\t{total}"
-    pairs = [
-        ("placement", f"{plan.placement}: {_PLACEMENTS[plan.placement]}", plan.placement),
-        ("rows" if plan.slice_size else "slots", places(plan), in_vram),
-    ]
-    if not plan.lanes:
-        return pairs
-    lanes = {
-        ("link",): "comes over the link",
-        ("host",): "is computed by the processor",
-        ("link", "host"): f"{plan.link_share:.0%} over the link, the rest by the processor",
-    }
-    staging = f"pass through VRAM, {plan.staging_slots} experts at a time"
-    return [
-        *pairs,
-        ("what VRAM lacks", lanes[plan.lanes], f"{' '.join(plan.lanes)}\t{plan.link_share}"),
-        ("prompts' experts", staging, str(plan.staging_slots)),
-    ]
-
-
-def _speeds(plan: "MemoryPlan") -> list[tuple[str, str, str]]:
-    """What bandwidth allows: (label, for people, in full)."""
-    if plan.predicted_tok_s is None:
-        return [("decode tok/s", "unknown, as long as a bandwidth is", "\t")]
-    said = at_most(plan.predicted_tok_s, plan.bottleneck)
-    found = [("decode tok/s", said, f"{plan.predicted_tok_s}\t{plan.bottleneck}")]
-    if plan.lanes:
-        alone = (("link alone", plan.link_tok_s), ("CPU alone", plan.host_tok_s))
-        found += [
-            (f"  {name}", f"{rate:.1f}", str(rate)) for name, rate in alone if rate is not None
-        ]
-    if plan.predicted_prefill_tok_s is not None:
-        rate = plan.predicted_prefill_tok_s
-        found.append(("prefill tok/s", f"at most {rate:.0f}", str(rate)))
-    return found
-
-
-def _size_cell(nbytes: int) -> tuple[str, str]:
-    """For people, and in full."""
-    return (format_nbytes(nbytes) if nbytes else "", str(nbytes))
 
 
 def bandwidth(value: float | None) -> str:

@@ -218,9 +218,9 @@ def _device_seconds(task: Callable[[], object]) -> float:
 
 
 def measure_compute(compute: Callable[[], int]) -> float:
-    """Bytes a second of what `compute` works through, by the best of several runs.
+    """Bytes, or operations, a second of what `compute` works through, by the best of several runs.
 
-    It returns how many bytes one run took; what they mean is the caller's business.
+    It returns how many of them one run took; what they mean is the caller's business.
     """
     compute()  # warms caches, threads and lazily loaded code
     best = 0.0

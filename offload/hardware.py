@@ -38,6 +38,7 @@ class Machine:
     link_bw: float | None = None  # copies from pinned main memory to the device
     zero_copy_bw: float | None = None  # kernels of the device that read pinned main memory
     host_bw: float | None = None  # packed bytes of experts that the processor computes
+    host_flops: float | None = None  # operations a second on experts that many tokens share
     vram_bw: float | None = None
     gpu_name: str | None = None
     gpu_driver: str | None = None

@@ -22,11 +22,14 @@ _FORMAT = 1
 class HostCompute:
     """How to measure what the processor computes; `name` tells kinds of experts and kernels apart.
 
-    `compute` works through some experts and returns their bytes.
+    `compute` works through some experts and returns their bytes; `share` lets `shared_by` tokens
+    share each and returns the operations. None: those are not asked for.
     """
 
     name: str
     compute: Callable[[], int]
+    share: Callable[[], int] | None = None
+    shared_by: int = 0
 
 
 def cache_file() -> Path:
@@ -44,8 +47,8 @@ def with_bandwidths(
     """`machine`, with the bandwidths that it does not state kept or measured.
 
     Those of a graphics card only where the machine, which must be this one, has one; `host_bw`
-    only where `host` says how. `refresh` forgets what is kept. Takes seconds the first time, and
-    no time with `measure` False: what is not kept then stays unknown.
+    and `host_flops` only where `host` says how. `refresh` forgets what is kept. Takes seconds the
+    first time, and no time with `measure` False: what is not kept then stays unknown.
     """
     path = cache_file() if file is None else file
     kept = _read(path)
@@ -88,6 +91,9 @@ def _measurements(
         found.append(
             ("host_bw", f"host_bw {host.name}", lambda: bandwidth.measure_compute(compute))
         )
+    if host is not None and host.share is not None:
+        share, name = host.share, f"host_flops {host.name} shared by {host.shared_by}"
+        found.append(("host_flops", name, lambda: bandwidth.measure_compute(share)))
     return found
 
 

@@ -198,8 +198,12 @@ def speed_without_device(footprint: ModelFootprint, machine: Machine, in_memory:
     return _timed(found, parts)
 
 
-def prefill_tok_s(footprint: ModelFootprint, machine: Machine, where: Places) -> float | None:
-    """Tokens of a long prompt a second on a device, by bandwidth alone; None where unknown.
+def prefill_speed(
+    footprint: ModelFootprint, machine: Machine, where: Places
+) -> tuple[float, str] | None:
+    """Tokens of a long prompt a second on a device, and the bandwidth that limits them.
+
+    By bandwidth alone; None where one is unknown.
 
     Every chunk streams the experts that some token of it chose (each token choosing at random)
     and that VRAM does not hold, of sliced ones the rows that it lacks, while the ones before are
@@ -207,16 +211,41 @@ def prefill_tok_s(footprint: ModelFootprint, machine: Machine, where: Places) ->
     """
     tokens, total = footprint.prefill_tokens, footprint.total_experts
     link, disk, vram = machine.link_bw, machine.disk_bw, machine.vram_bw
-    idle = (1 - footprint.experts_per_token / footprint.num_experts) ** tokens
-    chosen = footprint.experts_nbytes * (1 - idle)
+    chosen = _chosen_nbytes(footprint)
     streamed = chosen * (1 - where.device_share)
     read = chosen * (1 - where.in_memory / total)
     if not tokens or not vram or (streamed and not link) or (read and not disk):
         return None
-    computed_s = (footprint.dense_nbytes + chosen) / vram
-    streamed_s = streamed / link if link and streamed else 0.0
-    read_s = read / disk if disk and read else 0.0
-    return tokens / max(computed_s, streamed_s, read_s)
+    parts = {"vram": (footprint.dense_nbytes + chosen) / vram}
+    parts["link"] = streamed / link if link and streamed else 0.0
+    parts["disk"] = read / disk if disk and read else 0.0
+    slowest = max(parts, key=lambda name: parts[name])
+    return tokens / parts[slowest], slowest
+
+
+def prefill_speed_without_device(
+    footprint: ModelFootprint, machine: Machine, in_memory: int
+) -> tuple[float, str] | None:
+    """The same where the processor computes: by its arithmetic, attention left out.
+
+    Meanwhile the experts that a chunk chose are read, from disk where memory lacks them.
+    """
+    tokens, flops = footprint.prefill_tokens, machine.host_flops
+    chosen = _chosen_nbytes(footprint)
+    read = chosen * (1 - in_memory / footprint.total_experts)
+    if not (tokens and flops and footprint.active_weights) or (read and not machine.disk_bw):
+        return None
+    parts = {"cpu": 2 * tokens * footprint.active_weights / flops}
+    parts["ram"] = (footprint.dense_nbytes + chosen) / (machine.ram_bw or inf)
+    parts["disk"] = read / machine.disk_bw if machine.disk_bw else 0.0
+    slowest = max(parts, key=lambda name: parts[name])
+    return tokens / parts[slowest], slowest
+
+
+def _chosen_nbytes(footprint: ModelFootprint) -> float:
+    """Of the experts that some token of a chunk chooses, each choosing at random."""
+    idle = (1 - footprint.experts_per_token / footprint.num_experts) ** footprint.prefill_tokens
+    return footprint.experts_nbytes * (1 - idle)
 
 
 def _misses(footprint: ModelFootprint, where: Places, speeds: LaneSpeeds) -> Misses:

@@ -20,7 +20,8 @@ from offload.placing import (
     lane_speeds,
     least_room,
     places,
-    prefill_tok_s,
+    prefill_speed,
+    prefill_speed_without_device,
     speed,
     speed_without_device,
     ways,
@@ -87,7 +88,8 @@ class MemoryPlan:
     bottleneck: str | None  # "disk", "ram", "link", "cpu", "link and cpu" or "vram"
     link_tok_s: float | None  # the same if the link alone served what VRAM lacks
     host_tok_s: float | None  # the same if the processor did
-    predicted_prefill_tok_s: float | None  # by bandwidth alone; None without a device
+    predicted_prefill_tok_s: float | None  # on a device by bandwidth alone; None where unknown
+    prefill_bottleneck: str | None  # "link", "disk", "vram", "cpu" or "ram"
     ram_nbytes: int  # of the budget, what the plan uses
     vram_nbytes: int
     ram_available: int | None  # on the machine, when the plan was made
@@ -207,6 +209,7 @@ def make_plan(
     resident = where.device_slots * footprint.slot_nbytes
     resident += footprint.total_experts * where.slice_nbytes
     fixed = budget - room + where.staging_slots * footprint.slot_nbytes
+    prefill, prefill_limit = prefill_speed(footprint, machine, where) or (None, None)
     return replace(
         plan,
         vram_budget=budget,
@@ -219,7 +222,8 @@ def make_plan(
         bounce_nbytes=footprint.slot_nbytes,
         link_tok_s=speed(footprint, machine, where, (LINK,)).tok_s,
         host_tok_s=speed(footprint, machine, where, (HOST,)).tok_s,
-        predicted_prefill_tok_s=prefill_tok_s(footprint, machine, where),
+        predicted_prefill_tok_s=prefill,
+        prefill_bottleneck=prefill_limit,
         vram_nbytes=fixed + resident + (footprint.embedding_nbytes if embedding_on_device else 0),
         vram_free_before=machine.vram_free,
     )
@@ -263,16 +267,22 @@ def _options(
         if lane == "auto" and HOST in lanes and not machine.host_bw:
             continue
         where = places(footprint, name, room, ram_slots)
-        if where is None or (placement == "auto" and _is_pointless(where, name, lanes, found)):
+        if where is None:
+            continue
+        if placement == "auto" and _is_pointless(footprint, where, name, lanes, found):
             continue
         found.append((where, lanes, speed(footprint, machine, where, lanes)))
     return found
 
 
-def _is_pointless(where: Places, name: str, lanes: Lanes, simpler: list[Option]) -> bool:
+def _is_pointless(
+    footprint: ModelFootprint, where: Places, name: str, lanes: Lanes, simpler: list[Option]
+) -> bool:
     """Whether a placement has nothing over the simpler ones that bandwidth could tell."""
     if where.device_share == 1:
         return name != "pinned"  # nothing ever moves
+    if name == "lru" and footprint.experts_per_token == footprint.num_experts:
+        return True  # each would leave before it is wanted again
     if name == "pinned" and LINK in lanes:
         # Slots filled once hold other experts than RAM does; that is all they gain.
         return any(o.placement == "lru" and o.in_memory == where.in_memory for o, _, _ in simpler)
@@ -295,7 +305,9 @@ def _plan_without_device(footprint: ModelFootprint, machine: Machine, budget: in
     slots = min(_ram_slots(footprint, budget, fixed), footprint.total_experts)
     where = Places("lru", slots, in_memory=slots)
     fast = speed_without_device(footprint, machine, slots)
-    return _plan(footprint, machine, where, fast, budget, fixed)
+    plan = _plan(footprint, machine, where, fast, budget, fixed)
+    prefill, limit = prefill_speed_without_device(footprint, machine, slots) or (None, None)
+    return replace(plan, predicted_prefill_tok_s=prefill, prefill_bottleneck=limit)
 
 
 def _plan(
@@ -349,6 +361,7 @@ def _plan(
         link_tok_s=None,
         host_tok_s=None,
         predicted_prefill_tok_s=None,
+        prefill_bottleneck=None,
         ram_nbytes=ram_fixed + where.host_slots * footprint.slot_nbytes,
         vram_nbytes=0,
         ram_available=machine.ram_available,
@@ -365,10 +378,11 @@ def _ram_slots(footprint: ModelFootprint, budget: int, fixed: int) -> int:
     slots = (budget - fixed) // footprint.slot_nbytes
     if slots < least:
         needed = fixed + least * footprint.slot_nbytes
+        experts, short = f"{least} expert{'' if least == 1 else 's'}", needed - budget
         raise OffloadError(
             f"{_gib(budget)} of RAM are too little: the model needs {_gib(needed)} "
-            f"({_gib(fixed)} that must be there, {_gib(needed - fixed)} for {least} experts)",
-            f"give `--ram {_gib(needed, roundup=True)}` or more, or a shorter context with `--ctx`",
+            f"({_gib(fixed)} that must be there, {_gib(needed - fixed)} for {experts})",
+            f"give `--ram {_gib(needed, roundup=True)}` or more{_or_shorter(footprint, short)}",
         )
     return slots
 
@@ -388,7 +402,8 @@ def _too_little_vram(
     )
     said = ", ".join(f"{_gib(nbytes)} {what}" for nbytes, what in parts if nbytes)
     with_placement = "" if placement == "auto" else f" with `--placement {placement}`"
-    hint = f"give `--vram {_gib(needed, roundup=True)}` or more, or a shorter context with `--ctx`"
+    shorter = _or_shorter(footprint, needed - budget)
+    hint = f"give `--vram {_gib(needed, roundup=True)}` or more{shorter}"
     if machine.vram_total is not None and needed > machine.vram_total:
         hint = "give a shorter context with `--ctx`; `--device cpu` needs no VRAM"
     least = fixed + least_room(footprint, "pinned")
@@ -399,6 +414,11 @@ def _too_little_vram(
         f"{with_placement} ({said})",
         hint,
     )
+
+
+def _or_shorter(footprint: ModelFootprint, short: int) -> str:
+    """A shorter context, where that could save the `short` bytes that a budget lacks."""
+    return ", or a shorter context with `--ctx`" if short <= footprint.kv_nbytes else ""
 
 
 def _gib(nbytes: int, roundup: bool = False) -> str:

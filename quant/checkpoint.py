@@ -5,7 +5,7 @@ Knows no model family: names mean nothing here, except the suffixes of a quantiz
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,23 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """tensor[start:stop] along the first dimension; only these bytes are read."""
         return self._file(name).read_rows(name, start, stop)
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """matrix[:, start:stop]; only these bytes are read."""
+        return self._file(name).read_columns(name, start, stop)
+
+    def read_small(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors of a few bytes, which may be read before the files are there."""
+        return {name: self.read(name) for name in names}
+
+    def files_of(self, name: str) -> frozenset[str]:
+        """The names of the files that a tensor is read from."""
+        return frozenset((self.info(name).file.name,))
+
+    @property
+    def form(self) -> str:
+        """How weights are packed, for people; empty where they are plain floats."""
+        return ""
 
     @cached_property
     def fingerprint(self) -> str:

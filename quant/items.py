@@ -4,8 +4,9 @@ The names come from outside: nothing here knows a model family.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -120,9 +121,13 @@ class SliceReader:
 
     def blocks(self, part: TensorSlice) -> Iterator[Tensor]:
         """The rows of a slice, in order, some at a time."""
+        return (read() for read in self.reads(part))
+
+    def reads(self, part: TensorSlice) -> Iterator[Callable[[], Tensor]]:
+        """The same as functions that read them, which any thread may call."""
         shape = shape_of(self.source, part)
         if not shape:
-            yield self.source.read(part.name)
+            yield partial(self.source.read, part.name)
             return
         start, stop = part.rows or (0, shape[0])
         row_nbytes = self.source.info(part.name).dtype.itemsize
@@ -134,12 +139,13 @@ class SliceReader:
             last = min(first + step, stop)
             every = slice(first, last, part.step)
             if part.transpose:
-                # Two copies, each along the grain, are several times faster than one across it.
-                yield self._hold(part.name, part.index)[:, every].contiguous().t().contiguous()
+                yield partial(_transposed, self._hold(part.name, part.index), every)
             elif part.index is not None:
-                yield self._hold(part.name, part.index)[every]
+                yield partial(_rows, self._hold(part.name, part.index), every)
+            elif part.step == 1:
+                yield partial(self.source.read_rows, part.name, first, last)
             else:
-                yield self.source.read_rows(part.name, first, last)[:: part.step]
+                yield partial(_rows, self.source.read_rows(part.name, 0, last), every)
 
     def release(self) -> None:
         self._held = self._tensor = None
@@ -151,3 +157,12 @@ class SliceReader:
             read = self.source.read(name) if index is None else self.source.read_slice(name, index)
             self._held, self._tensor = (name, index), read
         return self._tensor
+
+
+def _rows(matrix: Tensor, rows: slice) -> Tensor:
+    return matrix[rows]
+
+
+def _transposed(matrix: Tensor, rows: slice) -> Tensor:
+    """Rows of the transposed: two copies along the grain are faster than one across it."""
+    return matrix[:, rows].contiguous().t().contiguous()

@@ -9,8 +9,9 @@ that the resident size of a process is that of the tensors it holds.
 import ctypes
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ LENGTH_NBYTES = 8
 _MAX_HEADER_NBYTES = 100_000_000
 _MAX_ELEMENTS = 2**63 - 1
 DATA_ALIGNMENT = 4096
+_LARGE_NBYTES = 4 << 20  # smaller ones are read often: new pages would cost more than reading
 _DAMAGED = "the file is damaged or still being written; download it again"
 
 
@@ -90,6 +92,18 @@ class SafetensorsFile:
         shape = (stop - start, *entry.shape[1:])
         return self._read_bytes(name, entry.offset + start * row_nbytes, entry.dtype, shape)
 
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns [start, stop) of a matrix; only these bytes are read."""
+        entry = self.entries[name]
+        assert len(entry.shape) == 2, f"`{name}` is no matrix"
+        rows, columns = entry.shape
+        assert 0 <= start <= stop <= columns, f"`{name}` has no columns {start}:{stop}"
+        row_nbytes, begin = columns * entry.dtype.itemsize, start * entry.dtype.itemsize
+        tensor = _fresh((rows, stop - start), entry.dtype)
+        offsets = range(entry.offset + begin, entry.offset + begin + rows * row_nbytes, row_nbytes)
+        self._fill(name, tensor, offsets)
+        return tensor
+
     def read_slice(self, name: str, index: int) -> Tensor:
         """tensor[index] along the first dimension; only these bytes are read."""
         return self.read_rows(name, index, index + 1)[0]
@@ -106,11 +120,21 @@ class SafetensorsFile:
     def _read_bytes(
         self, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = _fresh(shape, dtype)
+        self._fill(name, tensor, (offset,))
+        return tensor
+
+    def _fill(self, name: str, tensor: Tensor, offsets: Sequence[int]) -> None:
+        """Read as many bytes at each offset, one after the other, as make the tensor."""
+        memory = memory_of(tensor)
+        size = len(memory) // max(1, len(offsets))
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
-                complete = _fill(descriptor, memory_of(tensor), offset)
+                complete = all(
+                    _fill(descriptor, memory[number * size : (number + 1) * size], offset)
+                    for number, offset in enumerate(offsets)
+                )
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -119,7 +143,18 @@ class SafetensorsFile:
             ) from error
         if not complete:
             raise QuantError(f"`{self.path}` ends inside `{name}`", _DAMAGED)
-        return tensor
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor. A large one has pages of its own, which go back to the system with it:
+    an allocator would keep them between the small things that were asked for meanwhile.
+    """
+    nbytes = dtype.itemsize * math.prod(shape)
+    if nbytes <= _LARGE_NBYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(
+        mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype
+    ).view(shape)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

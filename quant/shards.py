@@ -2,7 +2,7 @@
 
 A file is a header and then units, one after the other; a unit is what is written, checked and
 resumed as a whole: one projection of an expert, a dense tensor, or bytes known beforehand. It
-comes from one tensor of the source, and so from one file. Experts come first, each on a multiple
+comes from one tensor of the source. Experts come first, each on a multiple
 of 4096 bytes. safetensors allows no gaps, so a uint8 tensor fills each hole.
 """
 
@@ -31,7 +31,8 @@ from quant.scheme import QuantScheme
 
 # Every reader knows that old checkpoints hold stray `rotary_emb.inv_freq` tensors and skips them:
 # transformers without a warning, vLLM where it would refuse any other unknown name.
-_FILLER_NAME = "moecli.padding.{}.rotary_emb.inv_freq"
+FILLER_PREFIX = "moecli.padding."
+_FILLER_NAME = FILLER_PREFIX + "{}.rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,12 @@ class OutputPlan:
     @property
     def bpw(self) -> float:
         """The same of all weights, those kept in 16 bits included."""
-        units = self.units
-        nbytes = sum(t.nbytes for u in units for t in u.tensors if u.source is not None)
-        return nbytes * 8 / sum(unit.num_weights for unit in units)
+        nbytes = sum(t.nbytes for u in self.units for t in u.tensors if u.source is not None)
+        return nbytes * 8 / self.num_weights
+
+    @property
+    def num_weights(self) -> int:
+        return sum(unit.num_weights for unit in self.units)
 
     @property
     def source_nbytes(self) -> int:
@@ -166,23 +170,6 @@ def _layout(source: Checkpoint, item: ExpertItem, scheme: QuantScheme) -> Expert
     ):
         scheme.check_shape(part.name, out_features, in_features)
     return ExpertLayout(hidden, intermediate, scheme)
-
-
-def reading_order(source: Checkpoint, plan: OutputPlan) -> list[PlacedUnit]:
-    """The units in the order in which a source is best read: file by file, front to back.
-
-    What comes from no file is first.
-    """
-
-    def key(placed: PlacedUnit) -> tuple[str, int, int, int]:
-        part = placed.unit.source
-        if part is None:
-            return "", 0, 0, 0
-        info = source.info(part.name)
-        start = part.rows[0] if part.rows else 0
-        return info.file.name, info.offset, part.index or 0, start
-
-    return sorted(plan.placed, key=key)
 
 
 def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> list[Unit]:

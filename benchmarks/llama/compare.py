@@ -48,11 +48,10 @@ def _both_ways(quant: str, pure: bool) -> tuple[TheirKind, ...]:
     return tuple(TheirKind(quant, repack, pure) for repack in (True, False))
 
 
+_FOUR_BITS = (*_both_ways("Q4_0", pure=True), *_both_ways("Q4_K_M", pure=False))
 MATCHES = (
-    Match(
-        OurKind("int4", "int4-g32", "int4-g32"),
-        (*_both_ways("Q4_0", pure=True), *_both_ways("Q4_K_M", pure=False)),
-    ),
+    Match(OurKind("int4", "int4-g32", "int4-g32"), _FOUR_BITS),
+    Match(OurKind("int4-g128", "int4-g128", "int4-g128"), _FOUR_BITS),
     Match(OurKind("int8", "int8-g128", "int8-g128"), _both_ways("Q8_0", pure=True)),
 )
 

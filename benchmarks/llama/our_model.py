@@ -22,7 +22,8 @@ from benchmarks.llama.numbers import Numbers
 from moecli.models.config import ModelSpec
 from moecli.models.naming import plan_conversion
 from quant.checkpoint import QuantizedCheckpoint, TensorInfo
-from quant.convert import ConversionJob, convert
+from quant.convert import convert
+from quant.job import ConversionJob
 from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
 
@@ -47,6 +48,11 @@ class RandomCheckpoint:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+    form = ""
+
+    def files_of(self, name: str) -> frozenset[str]:
+        return frozenset((self.path.name,))
 
     def info(self, name: str) -> TensorInfo:
         return self.tensors[name]

@@ -1,37 +1,44 @@
 """Knows what `moecli plan` asks of offload.plan, and for which machine."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moecli import options, store, ui
+from moecli import known, options, store, ui
 from moecli.card import takes_card
-from moecli.commands.show import Readable
+from moecli.commands.plan_source import PlanSource
 from moecli.config import EngineConfig
 from moecli.settings import Settings
 from moecli.units import parse_bandwidth
+from offload.errors import OffloadError
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
-    from moecli.models.config import ModelSpec
+    from moecli.models.outline import Counted
+    from moecli.plan_report import Subject
+    from moecli.planning import Question
     from offload.hardware import Machine
+    from quant.layout import ExpertLayout
 
 HELP = """Show what would lie where, and how fast bandwidth would let it run.
 
 This is the placement that `run` and `chat` make. It reads config.json, no weights: a model of the
-hub need not be downloaded. The budgets and
-bandwidths may be those of another machine; what is not given is measured here, once, and kept:
-`moecli doctor` measures anew. Exits with 1 where the model does not fit."""
+hub need not be downloaded. The budgets and bandwidths may be those of another machine; what is not
+given is measured here, once, and kept: `moecli doctor` measures anew. It also says what one more
+step would buy, and how many cards would hold all. Exits with 1 where the model does not fit.
+
+Built in, by name: SPECS.""".replace("SPECS", ", ".join(spec.name for spec in known.SPECS))
 EXAMPLES = """
 moecli plan demo --ram 16MiB
-moecli plan scout-int4 --ctx 32k --vram 20GiB
-moecli plan ./Llama-4-Scout-17B-16E-Instruct --vram 24GiB --ram 64GiB --link 25GB/s --vram-bw 1TB/s
+moecli plan llama4-scout --ctx 32k --vram 24GiB --ram 64GiB --link 25GB/s --vram-bw 1TB/s
+moecli plan Qwen/Qwen3-30B-A3B -q int8 --vram 16GiB
 """
 # What most cards of the last years surpass; of a card that is not here and not described.
 _VRAM_BW_ASSUMED = 300e9
+_MEASURED_NBYTES = 128 << 20  # of an expert that is timed
 
 
 def _bandwidth(name: str, help: str) -> object:
@@ -62,9 +69,7 @@ def plan(
     ] = "int4",
     as_json: options.Json = False,
 ) -> None:
-    readable = Readable.find(options.require_model(context, model, model_flag))
-    from moecli.planning import plan_model
-
+    source = PlanSource.find(options.require_model(context, model, model_flag))
     config = Settings.read(**given).engine_config()
     rates = {
         "ram_bw": _rate(ram_bw, "--ram-bw"),
@@ -74,59 +79,92 @@ def plan(
         "zero_copy_bw": _rate(link_bw, "--link"),
         "vram_bw": _rate(vram_bw, "--vram-bw"),
     }
-    asked = _Asked.read(readable.path, scheme_name, config)
-    machine = _machine(asked, config, rates)
-    made = plan_model(asked.spec, asked.schemes, asked.ctx, config, machine)
+    from moecli.plan_report import make_report
+    from moecli.plan_view import show_plan
+
+    subject, asked = _question(source, scheme_name, config, rates)
+    try:
+        report = make_report(subject, asked)
+    except OffloadError as error:
+        raise OffloadError(f"{subject.title}: {error.message}", error.hint) from error
     if as_json:
-        print(json.dumps({"model": readable.name, "ctx": asked.ctx, **made.to_dict()}, indent=2))
+        print(json.dumps(report.to_dict(), indent=2))
     else:
-        ui.show_plan(readable.name, asked.ctx, made)
+        show_plan(report)
 
 
 def _rate(text: str | None, name: str) -> float | None:
     return None if text is None else parse_bandwidth(text, f"`{name}`")
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The model that a plan is asked for."""
+def _question(
+    source: PlanSource, scheme_name: str, config: EngineConfig, rates: dict[str, float | None]
+) -> tuple["Subject", "Question"]:
+    from moecli.engine import context_size
+    from moecli.models.facts import read_facts
+    from moecli.models.hf_outline import read_counted
+    from moecli.models.outline import Outline, Own
+    from moecli.opening_device import within_library
+    from moecli.plan_report import runs
+    from moecli.planning import Question
 
-    path: Path
-    spec: "ModelSpec"
-    schemes: tuple[QuantScheme, QuantScheme | None]  # of the experts and of the rest
-    ctx: int
+    counted = spec = read_counted(source.config())
+    ctx = context_size(config.ctx, spec)
+    on_card = config.vram_nbytes is not None or config.device == "cuda"
+    if source.path is not None and not on_card:
+        if isinstance(spec, Outline) and runs(spec):
+            spec = read_facts(source.config())  # what a run is made of
+        if not isinstance(spec, Own):
+            config = within_library(config, spec, ctx, ui.show_note)
+    schemes = source.schemes(spec, scheme_name)
+    machine = _machine(source.path or store.models_dir(), spec, schemes[0], config, rates)
+    return source.subject(counted, schemes[0]), Question(spec, schemes, ctx, config, machine)
 
-    @classmethod
-    def read(cls, path: Path, scheme_name: str, config: EngineConfig) -> "_Asked":
-        from moecli.engine import context_size
-        from moecli.models.config import ModelSpec
 
-        spec = ModelSpec.from_hf(store.config(path))
-        return cls(path, spec, _schemes(path, scheme_name), context_size(config.ctx, spec))
-
-
-def _machine(asked: _Asked, config: EngineConfig, rates: dict[str, float | None]) -> "Machine":
+def _machine(
+    path: Path,
+    spec: "Counted",
+    scheme: QuantScheme,
+    config: EngineConfig,
+    rates: dict[str, float | None],
+) -> "Machine":
     """This machine at the given rates, where they are given; the others are measured."""
     import torch
 
-    from moecli.footprint import expert_layout
     from moecli.measuring import with_compute
     from offload.hardware import detect
 
-    machine = detect(asked.path, gpu=config.device != "cpu")
+    machine = detect(path, gpu=config.device != "cpu")
     if config.device == "cuda" and config.vram_nbytes is None:
         takes_card(config)  # or says that there is none
     stated: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
     machine = replace(machine, **stated)
-    if machine.gpu_name is not None or config.vram_nbytes is not None:
+    on_card = machine.gpu_name is not None or config.vram_nbytes is not None
+    if on_card:
         machine = _described_card(machine)
     if machine.physical_cores is not None:
         torch.set_num_threads(machine.physical_cores)  # as a run does
-    layout = expert_layout(asked.spec, asked.schemes[0])
-    machine = with_compute(machine, layout, asked.spec.experts_per_token)
+    shared_by = max(1, config.prefill_chunk * spec.experts_per_token // spec.num_experts)
+    machine = with_compute(
+        *(machine, _measurable(spec, scheme), spec.experts_per_token),
+        shared_by=0 if on_card else shared_by,  # on a card the processor has no part in prompts
+    )
     if machine.disk_bw is None:
-        machine = replace(machine, disk_bw=_disk_bandwidth(asked.path))
+        machine = replace(machine, disk_bw=_disk_bandwidth(path))
     return machine
+
+
+def _measurable(spec: "Counted", scheme: QuantScheme) -> "ExpertLayout":
+    """The layout of an expert, with fewer rows where it is so large that it would take long."""
+    from moecli.footprint import expert_layout
+    from quant.layout import ExpertLayout
+
+    layout = expert_layout(spec, scheme)
+    rows = spec.expert_intermediate_size * _MEASURED_NBYTES // layout.nbytes
+    if rows >= spec.expert_intermediate_size:
+        return layout
+    rows -= rows % scheme.group_size
+    return ExpertLayout(spec.hidden_size, rows, scheme)
 
 
 def _described_card(machine: "Machine") -> "Machine":
@@ -148,15 +186,3 @@ def _disk_bandwidth(path: Path) -> float | None:
     # A file is read, a directory written to: never write into somebody's checkpoint.
     largest = max(path.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
     return None if largest is None else measure_disk(largest).bytes_per_s
-
-
-def _schemes(path: Path, scheme_name: str) -> tuple[QuantScheme, QuantScheme | None]:
-    """Of the experts and of the rest: what the manifest says, else what was asked for."""
-    if not store.is_model(path):
-        return QuantScheme.parse(scheme_name), store.DEFAULT_DENSE_SCHEME
-    manifest = store.manifest(path)
-    dense = manifest.get("dense_scheme")
-    return (
-        QuantScheme.parse(str(manifest.get("scheme"))),
-        None if dense is None else QuantScheme.parse(str(dense)),
-    )

@@ -16,14 +16,18 @@ from moecli.units import format_bandwidth, format_nbytes, format_wait, parse_ban
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
-    from quant.convert import ConversionJob, ConversionResult
+    from quant.job import ConversionJob, ConversionResult
 
 HELP = """Quantize the experts of a checkpoint to INT4 or INT8.
 
 MODEL is a repository of the hub (`org/name`), a directory in Hugging Face's form, or `demo` for the
 embedded one. A repository that was not pulled is quantized while it downloads: the disk needs room
 for the result and one of its files. Peak memory stays small; Ctrl-C keeps what is finished, and the
-same command goes on from there."""
+same command goes on from there.
+
+Its weights have 16 bits, or are packed already: by bitsandbytes, compressed-tensors (moecli's own
+results too), FP8, MXFP4, GPTQ or AWQ. Then errors add up: prefer the 16-bit model where there is
+one."""
 EXAMPLES = """
 moecli quantize Qwen/Qwen3-30B-A3B
 moecli quantize ~/models/Llama-4-Scout-17B-16E-Instruct -q int4 -o scout-int4
@@ -177,6 +181,8 @@ def _show_preview(job: "ConversionJob", rate: float | None, as_json: bool) -> No
     if seen.network_rate is not None:
         rates.append(("network", seen.network_rate))
     bits = f"{seen.bpw:.2f} ({seen.bpw_experts:.2f} in experts)"
+    if seen.source_form:
+        ui.show_packed_source(seen.source_form)
     ui.show_pairs(
         [
             ("to be written", seen.out, seen.out),

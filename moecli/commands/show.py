@@ -19,6 +19,10 @@ moecli show demo
 moecli show demo-int4-g32 --json
 moecli show Qwen/Qwen3-30B-A3B
 """
+_DECODERS = {
+    "moecli": "moecli's own",
+    "transformers": "transformers, with moecli's experts, on the processor",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class ModelSummary:
     experts_per_token: int
     shared_expert: bool
     max_context: int
+    decoder: str  # whose forward pass runs it: moecli, or transformers with moecli's experts
     scheme: str | None
     quantized_here: bool  # by moecli: it can be run
     dense_scheme: str | None
@@ -45,10 +50,11 @@ class ModelSummary:
 def summarize(model: "Readable") -> ModelSummary:
     """Raises MoecliError for whatever is no MoE model that moecli knows."""
     from moecli.models.config import ModelSpec
+    from moecli.models.facts import read_facts
     from moecli.models.hf_config import source_scheme
 
     path, config = model.path, store.config(model.path)
-    spec = ModelSpec.from_hf(config)
+    spec = read_facts(config)
     manifest = store.manifest(path) if store.is_model(path) else {}
     return ModelSummary(
         name=model.name,
@@ -62,6 +68,7 @@ def summarize(model: "Readable") -> ModelSummary:
         experts_per_token=spec.experts_per_token,
         shared_expert=spec.shared_intermediate_size > 0,
         max_context=spec.max_context,
+        decoder="moecli" if isinstance(spec, ModelSpec) else "transformers",
         scheme=manifest["scheme"] if manifest else source_scheme(config),
         quantized_here=bool(manifest),
         dense_scheme=manifest.get("dense_scheme"),
@@ -128,6 +135,7 @@ def _pairs(summary: ModelSummary) -> list[tuple[str, str, str]]:
         ("layers", layers, layers),
         ("experts", experts, experts),
         ("context", f"{summary.max_context} tokens", str(summary.max_context)),
+        ("decoder", _DECODERS[summary.decoder], summary.decoder),
         ("scheme", schemes, schemes),
         ("size", format_nbytes(summary.nbytes), str(summary.nbytes)),
         ("path", summary.path, summary.path),

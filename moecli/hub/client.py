@@ -6,9 +6,11 @@ taken up where a kill left them, which huggingface_hub's own downloads (by Xet o
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,9 @@ T = TypeVar("T")
 
 # Seconds between attempts; one more after the last. Any byte that arrives begins them anew.
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+# Whoever has not reached the hub yet, and has nothing to lose, learns so soon.
+FIRST_PATIENCE_S = 5.0
+_CONNECT_S = 4.0
 # A hub that asks for more patience than this is not waited for.
 LONGEST_WAIT_S = 330.0
 _SLOW_DOWN = 429
@@ -90,17 +95,19 @@ def is_offline() -> bool:
 
 
 def describe(repo_id: str, revision: str | None, caller: Caller) -> Repository:
-    """What a repository holds; raises MoecliError where it is not to be had."""
+    """What a repository holds; raises MoecliError where it is not to be had.
+
+    A hub that cannot be reached is given up after some seconds.
+    """
     from huggingface_hub import HfApi, constants
 
     api = HfApi(endpoint=constants.ENDPOINT, library_name="moecli")
+    patience = constants.HF_HUB_ETAG_TIMEOUT
+    timeout: Any = (_CONNECT_S, patience, patience, patience)  # to connect, read, write, queue
     found = _patiently(
-        lambda: api.model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        ),
-        repo_id,
-        revision,
-        caller,
+        lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout),
+        *(repo_id, revision, caller),
+        patience_s=FIRST_PATIENCE_S,
     )
     files = {s.rfilename: _remote_file(s) for s in found.siblings or []}
     assert found.sha is not None, "a listing names its commit"
@@ -193,11 +200,15 @@ def _patiently(
     revision: str | None,
     caller: Caller,
     progress: Callable[[], int] = lambda: 0,
+    patience_s: float = inf,
 ) -> T:
-    """Try again while that may help; raises what the last failure means to a user."""
+    """Try again while that may help; raises what the last failure means to a user.
+
+    `patience_s`: how long a connection that fails is tried again at all.
+    """
     from huggingface_hub import errors
 
-    failures, reached = 0, progress()
+    failures, reached, began = 0, progress(), time.monotonic()
     transport: type[Exception] = errors.HTTPError
     while True:
         try:
@@ -206,7 +217,9 @@ def _patiently(
             if progress() > reached:
                 failures, reached = 0, progress()
             pause = _pause(error, failures)
-            if pause is None:
+            unreached = getattr(error, "response", None) is None
+            late = unreached and time.monotonic() - began + (pause or 0.0) > patience_s
+            if pause is None or late:
                 raise _explain(error, repo_id, revision) from error
             failures += 1
             caller.notify(f"{_what_happened(error)}; trying again in {pause:.0f} s")

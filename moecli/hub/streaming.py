@@ -10,6 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from moecli.errors import MoecliError
 from moecli.hub.cache import CachedRepository
@@ -30,6 +34,9 @@ from quant.safetensors_file import (
     header_nbytes,
     parse_header,
 )
+from quant.supply import FileTurn
+
+T = TypeVar("T")
 
 _AT_ONCE = 8  # files whose headers are asked for
 _FIRST_NBYTES = 1 << 18  # holds the header of most files
@@ -43,8 +50,33 @@ class RemoteSafetensors(SafetensorsFile):
 
     samples: Mapping[tuple[int, int], bytes]
 
+    ask: Callable[[int, int, Caller], bytes]  # for bytes of it that are not at `path` yet
+
     def read_bytes(self, start: int, stop: int) -> bytes:
         return self.samples[start, stop]
+
+    def read_ahead(self, name: str, caller: Caller) -> Tensor:
+        """A small tensor, before the file is there."""
+        entry = self.entries[name]
+        content = self.ask(entry.offset, entry.offset + entry.nbytes, caller)
+        return torch.frombuffer(bytearray(content), dtype=entry.dtype).view(entry.shape)
+
+
+@dataclass(frozen=True)
+class RemoteCheckpoint(Checkpoint):
+    """A checkpoint of a repository. Tensors can be read when their files are brought; a few bytes
+    of them before.
+    """
+
+    caller: Caller
+
+    def read_small(self, names: Sequence[str]) -> dict[str, Tensor]:
+        def read(name: str, caller: Caller) -> Tensor:
+            file = self.files[self.info(name).file.name]
+            assert isinstance(file, RemoteSafetensors), "all files are of the repository"
+            return file.read_ahead(name, caller)
+
+        return _of_each(names, read, self.caller)
 
 
 def pinned(repo_id: str, revision: str | None, directory: Path, caller: Caller) -> Repository:
@@ -68,19 +100,25 @@ def open_remote(repository: Repository, directory: Path, caller: Caller) -> Chec
     """
     snapshot = small_snapshot(repository, caller)
     names = weights_of(repository, snapshot)
+    files = _of_each(names, partial(_remote_file, repository, directory, len(names)), caller)
+    known = Checkpoint.assemble(snapshot, files.__getitem__)
+    return RemoteCheckpoint(known.path, known.config, known.files, known.tensors, caller)
+
+
+def _of_each(names: Sequence[str], ask: Callable[[str, Caller], T], caller: Caller) -> dict[str, T]:
+    """ask(name, caller) of each name, some at a time; none goes on when one has failed."""
     team = Caller(caller.notify)
-    ask = partial(_remote_file, repository, directory, len(names), team)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
-            files = dict(zip(names, pool.map(ask, names), strict=True))
+            found = pool.map(lambda name: ask(name, team), names)
+            return dict(zip(names, found, strict=True))
         finally:
             team.stop.set()
             pool.shutdown(cancel_futures=True)
-    return Checkpoint.assemble(snapshot, files.__getitem__)
 
 
 def _remote_file(
-    repository: Repository, directory: Path, num_files: int, caller: Caller, name: str
+    repository: Repository, directory: Path, num_files: int, name: str, caller: Caller
 ) -> RemoteSafetensors:
     file, path = repository.files[name], directory / name
     first = read_bytes(repository, file, 0, min(_FIRST_NBYTES, file.nbytes), caller)
@@ -96,15 +134,19 @@ def _remote_file(
 
     samples = {span: sample(*span) for span in sampled_ranges(file.nbytes, num_files)}
     entries = parse_header(path, header, file.nbytes)
-    return RemoteSafetensors(path, file.nbytes, header, entries, samples)
+    ask = partial(read_bytes, repository, file)
+    return RemoteSafetensors(path, file.nbytes, header, entries, samples, ask)
 
 
 class HubSupply:
     """Brings files of a repository to `directory`, the next one while one is used.
 
     So much of it that what is there, and what is written of the result, never take more of the
-    disk than the whole result and the largest file.
+    disk than the whole result and the largest file; or the largest that are needed together, where
+    parts of a weight lie in several.
     """
+
+    takes_away = True
 
     def __init__(
         self,
@@ -119,17 +161,17 @@ class HubSupply:
         self._caller = Caller(caller.notify)
         self._arrived = arrived
         self._files = [repository.files[name] for name in names]
-        self._largest = max(file.nbytes for file in self._files)
         self._changed = threading.Condition()
         self._here: dict[str, int] = {}  # bytes of each file on this disk
         self._whole: set[str] = set()
         self._new_nbytes = 0
-        self._later_nbytes: Mapping[str, int] = {}
+        self._room = 0  # for files of the source, whatever is written
+        self._turns: Mapping[str, FileTurn] = {}
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def room_nbytes(self) -> int:
-        return max(0, self._largest - sum(map(self._there, self._files)))
+    def room_nbytes(self, turns: Sequence[FileTurn]) -> int:
+        return max(0, self._most(turns) - sum(map(self._there, self._files)))
 
     def download_nbytes(self) -> int:
         cached = CachedRepository.of(self._repository.repo_id)
@@ -143,13 +185,14 @@ class HubSupply:
         read_range(self._repository, file, 0, nbytes, lambda chunk: None, self._caller)
         return nbytes / (time.perf_counter() - started)
 
-    def begin(self, later_nbytes: Mapping[str, int]) -> None:
+    def begin(self, turns: Sequence[FileTurn]) -> None:
         try:
-            self._prepare(list(later_nbytes))
+            self._prepare([turn.name for turn in turns])
         except OSError as error:
             raise _unwritable(self._directory, error) from error
-        self._later_nbytes = later_nbytes
-        files = [self._repository.files[name] for name in later_nbytes]
+        self._room = self._most(turns)
+        self._turns = {turn.name: turn for turn in turns}
+        files = [self._repository.files[turn.name] for turn in turns]
         self._thread = threading.Thread(target=self._bring_all, args=(files,), daemon=True)
         self._thread.start()
 
@@ -175,6 +218,12 @@ class HubSupply:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+
+    def _most(self, turns: Sequence[FileTurn]) -> int:
+        """Bytes of the files that must be there together: as a rule, of the largest."""
+        files = self._repository.files
+        together = ([turn.name, *turn.held] for turn in turns)
+        return max((sum(files[name].nbytes for name in names) for names in together), default=0)
 
     def _there(self, file: RemoteFile) -> int:
         """Bytes of a file that an earlier run has brought."""
@@ -234,7 +283,7 @@ class HubSupply:
 
     def _may_go_on(self, file: RemoteFile) -> bool:
         """Whether there is room for the files here and for all of the result that comes of them."""
-        room = self._largest + self._later_nbytes[file.name]
+        room = self._room + self._turns[file.name].later_nbytes
         return sum(self._here.values()) <= room or self._caller.stop.is_set()
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moecli.kv_cache import KvCache
 from moecli.models.attention import Heads, Positions
-from moecli.models.config import ModelSpec
 from moecli.models.fused import decode_attention, rotate_and_store
 
 if TYPE_CHECKING:
@@ -29,19 +28,6 @@ def num_splits(capacity: int, kv_heads: int, device: torch.device) -> int:
         units = torch.cuda.get_device_properties(device).multi_processor_count
     enough = -(-_SPLITS_A_UNIT * units // kv_heads)
     return max(1, min(-(-capacity // SPLIT_SLOTS), enough))
-
-
-def unknown_on_a_device(spec: ModelSpec) -> str | None:
-    """What of this model the operations of a device do not know; None: nothing."""
-    if spec.latent is not None:
-        return "attention over latents"
-    if spec.sinks:
-        return "attention sinks"
-    if any(layer.attention == "sliding" for layer in spec.layers):
-        return "sliding windows"
-    if spec.expert_bias or spec.expert_activation != "silu":
-        return "biases of experts, or an activation that is not SiLU,"
-    return None
 
 
 class DeviceStep:

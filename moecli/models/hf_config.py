@@ -1,6 +1,6 @@
-"""Knows Hugging Face's field names, old and new, of models as a whole; hf_families those of more.
+"""Knows Hugging Face's field names, old and new, of models that moecli runs. Knows no tensors.
 
-Nobody but the modules `hf_*` knows them. Knows no tensors.
+Nobody but the modules `hf_*` knows them.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ BITSANDBYTES = "bitsandbytes"
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a parsed config.json; raises MoecliError naming what is wrong with it."""
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     reader = _READERS.get(architecture)
     if reader is None:
         if not _has_experts(config):
@@ -42,7 +42,18 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether `read_spec` is to read it: a family of our own decoder, or no MoE model at all."""
+    return has_reader(config) or not _has_experts(config)
+
+
+def has_reader(config: Mapping[str, Any]) -> bool:
+    """Whether our own decoder runs models of this architecture."""
+    return architecture_of(config) in _READERS
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The name of the model's class in transformers."""
     names = config.get("architectures") or []
     if isinstance(names, list) and names and isinstance(names[0], str):
         return names[0]

@@ -92,8 +92,8 @@ class Conversion:
     experts: tuple[ExpertItem, ...]  # by layer, then expert
     dense: tuple[DenseItem, ...]
     ignore: tuple[str, ...]  # linears kept in 16 bits, as quantization_config names them
-    expert_targets: tuple[str, ...]  # linears of experts, likewise
-    left_out: tuple[str, ...]  # tensors of layers after the last that computes the next token
+    expert_targets: tuple[str, ...] = EXPERT_TARGETS  # linears of experts, likewise
+    left_out: tuple[str, ...] = ()  # tensors of layers after the last that computes the next token
 
 
 class CheckpointNames:

@@ -14,6 +14,8 @@ STDLIB_ONLY = (
     *("offload.trace", "moecli.models.config"),
 )
 LAZY = {"transformers", "bitsandbytes", "accelerate", "huggingface_hub"}
+LIBRARY = "moecli.models.hf."  # made of transformers, and imported inside functions alone
+HUB = ("moecli.hub.client", "moecli.models.hf.library")  # the library raises the hub's errors
 
 
 def modules() -> dict[str, str]:
@@ -56,8 +58,9 @@ def faults(name: str, source: str) -> list[str]:
             or (package == "offload" and root in ("quant", "moecli"))
             or (f"{name}.".startswith("moecli.models.") and root == "offload")
             or (root == "rich" and name != "moecli.ui")
-            or (root in LAZY and top)
-            or (root == "huggingface_hub" and name != "moecli.hub.client")
+            or (root in LAZY and top and not name.startswith(LIBRARY))
+            or (target.startswith(LIBRARY) and top and not name.startswith(LIBRARY))
+            or (root == "huggingface_hub" and name not in HUB)
             or root == "click"
             or (name in STDLIB_ONLY and root not in (package, *sys.stdlib_module_names))
         )
@@ -77,6 +80,7 @@ def test_directions_of_imports() -> None:
     [
         ("quant.ops", "from offload.plan import MemoryPlan"),
         ("quant.ops", "def f():\n    import moecli.errors"),
+        ("moecli.engine", "from moecli.models.hf.model import LibraryModel"),
         ("quant.ops", "if TYPE_CHECKING:\n    from offload import plan"),
         ("offload.disk", "import quant"),
         ("moecli.models.decoder", "from offload import manager"),

@@ -15,6 +15,7 @@ import torch
 
 from moecli.conversion import quantize_model
 from quant.scheme import QuantScheme
+from quant.supply import FileTurn
 from tests.e2e import tiny
 from tests.hub.converting import REPO, report_of, start
 from tests.hub.standin import Repo, StandInHub, stand_in
@@ -156,7 +157,7 @@ def test_a_later_file_that_was_left_does_not_take_the_room_of_the_first(
     (left / f"{names[1]}.moecli-incomplete").write_bytes(b"half")
     caller = Caller(print)
     supply = HubSupply(describe(REPO, None, caller), names, left, caller, lambda nbytes: None)
-    supply.begin({names[0]: 200, names[1]: 100, names[2]: 0})
+    supply.begin([FileTurn(names[0], 200), FileTurn(names[1], 100), FileTurn(names[2], 0)])
     for name in names:
         supply.take(name)
         assert (left / name).read_bytes() == (source / name).read_bytes()

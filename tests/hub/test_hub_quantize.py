@@ -9,8 +9,8 @@ import pytest
 from moecli.conversion import quantize_from_hub, quantize_model
 from moecli.errors import MoecliError
 from moecli.hub.client import Caller
-from quant.convert import ConversionResult
 from quant.errors import QuantError
+from quant.job import ConversionResult
 from quant.scheme import QuantScheme
 from tests.commands import Command
 from tests.e2e import tiny
@@ -210,14 +210,15 @@ def test_files_that_are_cached_are_not_downloaded(
     assert blob.read_bytes() == content
 
 
-def test_a_source_that_is_quantized_already_is_refused_before_weights_come(
+def test_a_packing_that_is_not_read_is_refused_before_weights_come(
     moecli: Command, hub: StandInHub, tmp_path: Path
 ) -> None:
-    config = {**tiny.llama4_config(), "quantization_config": {"quant_method": "fp8"}}
-    hub.repos["org/fp8"] = Repo(tiny.write_checkpoint(tmp_path / "fp8", config, shards=2))
-    outcome = moecli("quantize", "org/fp8", "-o", tmp_path / "out")
+    config = {**tiny.llama4_config(), "quantization_config": {"quant_method": "hqq"}}
+    hub.repos["org/hqq"] = Repo(tiny.write_checkpoint(tmp_path / "hqq", config, shards=2))
+    outcome = moecli("quantize", "org/hqq", "-o", tmp_path / "out")
     assert outcome.code == 1
-    assert "`org/fp8` is quantized already (fp8)" in outcome.err
+    assert "the source is quantized with `hqq`, which is not read" in outcome.err
+    assert "GPTQ (4 and 8 bits)" in outcome.err
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moecli.conversion import quantize_model
 from moecli.dense import bnb_dense_nbytes, bnb_linears
-from moecli.errors import MoecliError
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch
 from moecli.models.decoder import Decoder
@@ -22,6 +21,7 @@ from moecli.models.moe import FloatExperts
 from moecli.models.naming import dense_loader
 from quant.bnb import BnbWeight, load
 from quant.checkpoint import QuantizedCheckpoint
+from quant.errors import QuantError
 from quant.quantize import dequantize, quantize
 from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
@@ -120,7 +120,7 @@ def test_quantization_leaks_from_no_part_of_a_config(original: Path, tmp_path: P
     assert "load_in" not in text
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {}, "gptq"], ids=str)
+@pytest.mark.parametrize("quantization", [{"quant_method": "hqq"}, "hqq"], ids=str)
 def test_other_quantized_sources_are_refused(
     original: Path, tmp_path: Path, quantization: Any
 ) -> None:
@@ -129,9 +129,9 @@ def test_other_quantized_sources_are_refused(
     source.mkdir()
     (source / "model.safetensors").symlink_to(original / "model.safetensors")
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    with pytest.raises(MoecliError, match="is quantized already") as caught:
+    with pytest.raises(QuantError, match="is quantized with `hqq`, which is not read") as caught:
         quantize_model(source, tmp_path / "out", QuantScheme(4, 32), None)
-    assert "one quantized with bitsandbytes" in str(caught.value.hint)
+    assert "bitsandbytes (NF4, FP4, LLM.int8)" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

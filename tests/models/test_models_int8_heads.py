@@ -58,10 +58,10 @@ def test_attention_of_one_token_is_that_over_expanded_heads(monkeypatch, length,
 def test_memory_is_a_byte_a_number_and_a_scale_a_head():
     for ctx in (1, 7, 8, 9, 100):
         cache = KvCache(SPEC, ctx, torch.int8)
-        assert cache.nbytes == kv_nbytes(SPEC, ctx, "int8")
+        assert cache.nbytes == kv_nbytes(SPEC, ctx, 512, "int8")
         assert cache.nbytes == 2 * 2 * (4 + 2) * (ctx + min(ctx, CHUNK))
-        assert kv_nbytes(SPEC, ctx, "auto") == kv_nbytes(SPEC, ctx, "bf16")
-        assert kv_nbytes(SPEC, ctx, "bf16") == KvCache(SPEC, ctx).nbytes
+        assert kv_nbytes(SPEC, ctx, 512, "auto") == kv_nbytes(SPEC, ctx, 512, "bf16")
+        assert kv_nbytes(SPEC, ctx, 512, "bf16") == KvCache(SPEC, ctx).nbytes
 
 
 def test_the_ring_keeps_the_scales_of_its_chunk_alone():

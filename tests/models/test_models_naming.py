@@ -13,8 +13,9 @@ from moecli.models.moe import FloatExperts, expert_biases
 from moecli.models.naming import CheckpointNames, dense_loader, plan_conversion
 from quant import ops
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
-from quant.convert import ConversionJob, convert
+from quant.convert import convert
 from quant.items import PROJECTIONS, TensorSlice
+from quant.job import ConversionJob
 from quant.pack_quantized import quantization_config
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme

@@ -43,3 +43,26 @@ def test_kinds_of_experts_have_names_of_their_own() -> None:
     names = {expert_compute(LAYOUT, 1).name, *(host.name for host in other)}
     assert len(names) == 4
     assert expert_compute(LAYOUT, 1).name in names
+
+
+@pytest.mark.parametrize(("top_k", "shared_by"), [(1, 5), (2, 3), (3, 8)])
+def test_a_prompt_shares_each_expert_among_so_many_tokens(
+    monkeypatch: pytest.MonkeyPatch, top_k: int, shared_by: int
+) -> None:
+    monkeypatch.setattr(measuring, "_SPREAD_NBYTES", 6 * LAYOUT.nbytes)
+    asked: list[torch.Tensor] = []
+
+    def spy(hidden: torch.Tensor, ids: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        assert hidden.shape == (ids.shape[0], LAYOUT.hidden_size)
+        asked.append(ids)
+        return hidden
+
+    monkeypatch.setattr(ops, "routed_experts", spy)
+    share = expert_compute(LAYOUT, top_k, shared_by).share
+    assert share is not None
+    operations = share()
+    (ids,) = asked
+    assert all(len(set(row)) == top_k for row in ids.tolist()), "a token's experts differ"
+    assert ids.flatten().bincount().tolist() == [shared_by] * 6
+    assert operations == 2 * ids.numel() * LAYOUT.num_weights
+    assert expert_compute(LAYOUT, top_k).share is None

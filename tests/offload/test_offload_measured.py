@@ -198,3 +198,15 @@ def test_nothing_of_a_device_is_measured_without_one() -> None:
     assert bandwidth.measure_link() is None
     assert bandwidth.measure_zero_copy() is None
     assert bandwidth.measure_vram() is None
+
+
+def test_what_tokens_share_is_measured_where_it_is_asked_for(calls: list[str], file: Path) -> None:
+    alone = host("int4")
+    shared = replace(alone, share=lambda: 1, shared_by=32)
+    assert with_bandwidths(BARE, alone, file=file).host_flops is None
+    found = with_bandwidths(BARE, shared, file=file)
+    assert calls == ["ram", "compute", "compute"], "what is kept of the other holds"
+    assert (found.host_bw, found.host_flops) == (2, 3)
+    assert with_bandwidths(BARE, shared, file=file) == found
+    other = with_bandwidths(BARE, replace(shared, shared_by=8), file=file)
+    assert (other.host_bw, other.host_flops) == (2, 4)

@@ -138,3 +138,27 @@ def test_largest_context_is_the_last_that_fits(budget: int) -> None:
 
 def test_largest_context_is_capped_by_the_model() -> None:
     assert largest_context(lambda _: MODEL, MACHINE, 77, ram_nbytes=10**6) == 77
+
+
+def test_prompts_without_a_device_by_hand() -> None:
+    """1000 tokens choose all experts; 120 of 160 are on disk."""
+    model = replace(MODEL, prefill_tokens=1000, active_weights=50)
+    machine = replace(MACHINE, host_flops=1e4)
+    budget = 1600 + 40 * 100
+    limits = {
+        "cpu": (machine, 1e4 / (2 * 50)),
+        "disk": (replace(machine, host_flops=1e9), 1000 / (120 * 90 / 1800)),
+        "ram": (
+            *(replace(machine, host_flops=1e9, disk_bw=1e9),),
+            1000 / ((1000 + 160 * 90) / 28_000),
+        ),
+    }
+    for name, (described, tok_s) in limits.items():
+        plan = make_plan(model, described, budget)
+        assert plan.prefill_bottleneck == name
+        assert plan.predicted_prefill_tok_s == pytest.approx(tok_s)
+    few = make_plan(replace(model, prefill_tokens=1), replace(limits["disk"][0]), budget)
+    assert few.predicted_prefill_tok_s == pytest.approx(1800 / (20 * 90 * 0.75)), "two a layer"
+    for unknown in (replace(machine, host_flops=None), replace(machine, disk_bw=None)):
+        assert make_plan(model, unknown, budget).predicted_prefill_tok_s is None
+    assert make_plan(MODEL, machine, budget).predicted_prefill_tok_s is None

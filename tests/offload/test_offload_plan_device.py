@@ -334,3 +334,30 @@ def test_a_context_that_does_not_fit_names_the_longest_that_does() -> None:
     with pytest.raises(OffloadError) as caught:
         plan_context(at, MACHINE, 5000, 10**7, 1000)
     assert "--vram" in (caught.value.hint or "")
+
+
+def test_the_bandwidth_that_limits_a_prompt_is_named() -> None:
+    model = replace(MODEL, prefill_tokens=1000)
+    vram = FIXED + 88 * SLOT
+    fast = replace(MACHINE, link_bw=1e9)
+    limits = {"link": (MACHINE, 10**7), "vram": (fast, 10**7), "disk": (fast, 60 * SLOT)}
+    for name, (machine, ram) in limits.items():
+        plan = make_plan(model, machine, ram, vram, placement="lru")
+        assert plan.prefill_bottleneck == name
+    assert make_plan(MODEL, MACHINE, 10**7, vram).prefill_bottleneck is None
+
+
+def test_slots_that_follow_use_are_no_good_where_all_are_used_in_turn() -> None:
+    whole = replace(MODEL, intermediate_size=0)  # it cannot be sliced
+    dense = replace(whole, num_experts=1, experts_per_token=1, num_moe_layers=160)
+    plans = [make_plan(model, MACHINE, 10**7, FIXED + 88 * SLOT) for model in (whole, dense)]
+    assert [plan.placement for plan in plans] == ["lru", "pinned"]
+
+
+def test_a_shorter_context_is_advised_only_where_it_could_help() -> None:
+    for short, helps in ((MODEL.kv_nbytes, True), (MODEL.kv_nbytes + 1, False)):
+        budgets = [(10**7, FIXED + 2 * SLOT - short), (159_000 + 2 * SLOT - short, 0)]
+        for ram, vram in budgets:
+            with pytest.raises(OffloadError, match="are too little") as caught:
+                make_plan(MODEL, MACHINE, ram, vram)
+            assert ("shorter context" in (caught.value.hint or "")) is helps

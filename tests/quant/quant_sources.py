@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.checkpoint import Checkpoint
-from quant.convert import ConversionJob
 from quant.items import DenseItem, ExpertItem, TensorSlice
+from quant.job import ConversionJob
 from quant.pack_quantized import quantization_config
 from quant.scheme import QuantScheme
 

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.bnb import load
-from quant.bnb_source import BnbCheckpoint, open_source
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
 from quant.convert import convert
 from quant.errors import QuantError
 from quant.items import SliceReader, TensorSlice
 from quant.quantize import dequantize, quantize
 from quant.scheme import QuantScheme
+from quant.sources.opening import open_source
+from quant.sources.packed import PackedCheckpoint
 from quant.tensor import QuantizedWeight
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -174,7 +175,7 @@ def test_conversion(tmp_path: Path, form: str, fused: bool) -> None:
             values[name] = library_values(tensors, name)
     write_source(tmp_path / "packed", tensors, num_files=2)
     source = open_source(tmp_path / "packed")
-    assert isinstance(source, BnbCheckpoint)
+    assert isinstance(source, PackedCheckpoint)
     result = convert(make_job(source, tmp_path / "out", fused))
     plain = write_source(tmp_path / "plain", values)
     expected = convert(make_job(plain, tmp_path / "expected", fused))

@@ -17,7 +17,8 @@ from quant_sources import (
 from safetensors import safe_open
 
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
-from quant.convert import ConversionProgress, convert
+from quant.convert import convert
+from quant.job import ConversionProgress
 from quant.layout import ExpertLayout
 from quant.quantize import dequantize, quantize
 from quant.scheme import QuantScheme

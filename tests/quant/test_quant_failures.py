@@ -14,8 +14,9 @@ from quant_sources import HIDDEN, make_job, random_weights, tree_bytes, write_so
 from torch import Tensor
 
 from quant.checkpoint import Checkpoint
-from quant.convert import ConversionJob, convert
+from quant.convert import convert
 from quant.errors import QuantError
+from quant.job import ConversionJob
 from quant.scheme import QuantScheme
 
 

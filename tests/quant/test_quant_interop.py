@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
-from quant.convert import ConversionJob, convert
+from quant.convert import convert
 from quant.items import DenseItem, ExpertItem, TensorSlice
+from quant.job import ConversionJob
 from quant.pack_quantized import quantization_config
 from quant.quantize import dequantize
 from quant.safetensors_file import SafetensorsFile

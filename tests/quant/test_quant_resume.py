@@ -11,8 +11,9 @@ import pytest
 from quant_sources import make_job, random_weights, tree_bytes, write_source
 
 from quant.checkpoint import Checkpoint, QuantizedCheckpoint
-from quant.convert import ConversionJob, ConversionResult, convert
+from quant.convert import convert
 from quant.errors import QuantError
+from quant.job import ConversionJob, ConversionResult
 from quant.journal import Journal
 from quant.manifest import MANIFEST_FILE
 

@@ -53,12 +53,16 @@ def compiler() -> list[str]:
 
 
 def build(target: Path = LIBRARY, *, asan: bool = False) -> Path:
-    """Compile the library to `target`, which is replaced at once or not at all."""
+    """Compile the library to `target`, which is replaced at once or not at all.
+
+    A compiler that is too old for an instruction set leaves its kernels out, and stderr says so.
+    """
     command = compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    common = ("-DMOECLI_X86",) if x86 else ()
+    variants, without = _known(command, _X86 if x86 else {})
+    common = (*(("-DMOECLI_X86",) if x86 else ()), *(f"-DMOECLI_WITHOUT_{w}" for w in without))
     units: dict[str, tuple[str, ...]] = {name: common for name in _COMMON}
-    units |= _PORTABLE | (_X86 if x86 else {})
+    units |= _PORTABLE | variants
     flags = [*_FLAGS, *(_ASAN_FLAGS if asan else ())]
     with tempfile.TemporaryDirectory(dir=_directory(target)) as work:
         objects = [Path(work) / f"{name}.o" for name in units]
@@ -77,6 +81,26 @@ def build(target: Path = LIBRARY, *, asan: bool = False) -> Path:
         _run([*command, "-shared", "-pthread", *extra, *map(str, objects), "-o", str(linked)])
         os.replace(linked, target)
     return target
+
+
+def _known(
+    command: list[str], variants: dict[str, tuple[str, ...]]
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Those whose flags the compiler has heard of, and the names of the others, told on stderr."""
+    known, without = {}, []
+    for name, flags in variants.items():
+        probe = [*command, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+            known[name] = flags
+            continue
+        variant = name.removeprefix("kernels_")
+        without.append(variant.upper())
+        print(
+            f"the kernels are built without {variant}: {' '.join(command)} does not know "
+            f"{' '.join(flags)}; processors that have it use slower ones",
+            file=sys.stderr,
+        )
+    return known, without
 
 
 def _directory(target: Path) -> Path:

@@ -5,7 +5,7 @@
 
 namespace moecli {
 
-constexpr int kFew = 6;
+constexpr int kFew = 5;
 
 inline bool is_few(int64_t tokens) { return tokens <= kFew; }
 

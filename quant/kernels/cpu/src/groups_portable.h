@@ -66,4 +66,10 @@ inline float quantize_group(const float* x, int8_t* codes) {
   return best_scale;
 }
 
+constexpr int kTogether = 1;  // groups that `quantize_groups` takes
+
+inline void quantize_groups(const float* x, int8_t* codes, float* scale) {
+  *scale = quantize_group(x, codes);
+}
+
 }  // namespace

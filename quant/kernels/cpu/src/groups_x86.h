@@ -89,4 +89,88 @@ inline float quantize_group(const float* p, int8_t* codes) {
   return best_scale;
 }
 
+#ifdef __AVX512F__
+constexpr int kTogether = 2;  // groups that `quantize_groups` takes
+
+// Two groups at once, the first in lower halves: lane by lane what `quantize_group` computes.
+inline void quantize_groups(const float* p, int8_t* codes, float* scale) {
+  const auto both = [](const float* low, const float* high) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+  };
+  __m512 x[4];
+  __m512i most = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    x[i] = both(p + 8 * i, p + 32 + 8 * i);
+    most = _mm512_max_epi32(
+        most, _mm512_and_si512(_mm512_castps_si512(x[i]), _mm512_set1_epi32(0x7fffffff)));
+  }
+  most = _mm512_max_epi32(most, _mm512_shuffle_i32x4(most, most, 0xb1));
+  most = _mm512_max_epi32(most, _mm512_shuffle_epi32(most, _MM_PERM_BADC));
+  most = _mm512_max_epi32(most, _mm512_shuffle_epi32(most, _MM_PERM_CDAB));
+  // Quarters from here on: steps 0 to 3 of the first, of the second, then steps 4, 5, 4, 5.
+  const __m512 top = _mm512_castsi512_ps(_mm512_shuffle_i32x4(most, most, 0x88));
+  const __m512 steps = _mm512_setr_ps(
+      kSteps[0], kSteps[1], kSteps[2], kSteps[3], kSteps[0], kSteps[1], kSteps[2], kSteps[3],
+      kSteps[4], kSteps[5], kSteps[4], kSteps[5], kSteps[4], kSteps[5], kSteps[4], kSteps[5]);
+  const __mmask16 fine = _mm512_cmp_ps_mask(top, _mm512_set1_ps(kLeast), _CMP_GT_OQ) &
+                         _mm512_cmp_ps_mask(top, _mm512_set1_ps(kMost), _CMP_LT_OQ);
+  if (fine != 0xffff) {
+    for (int i = 0; i < 2; ++i) scale[i] = quantize_group(p + 32 * i, codes + 32 * i);
+    return;
+  }
+  const __m512 inverses = _mm512_div_ps(steps, top);
+  __m512 sums[6];  // quarters: along of the first and the second, length of both
+  for (int k = 0; k < 6; ++k) {
+    const int first = k < 4 ? k : k + 4;
+    const __m512i where =
+        _mm512_inserti64x4(_mm512_set1_epi32(first), _mm256_set1_epi32(first + 4), 1);
+    const __m512 inverse = _mm512_permutexvar_ps(where, inverses);
+    __m512 along = _mm512_setzero_ps(), length = _mm512_setzero_ps();
+    for (int i = 0; i < 4; ++i) {
+      const __m512 scaled = _mm512_mul_ps(x[i], inverse);
+      const __m512 code =
+          _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      along = _mm512_fmadd_ps(scaled, code, along);
+      length = _mm512_fmadd_ps(code, code, length);
+    }
+    sums[k] = _mm512_add_ps(_mm512_shuffle_f32x4(along, length, 0x88),
+                            _mm512_shuffle_f32x4(along, length, 0xdd));
+  }
+  const auto totals = [](__m512 a, __m512 b, __m512 c, __m512 d) {  // of each quarter
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  };
+  const __m512 t = totals(sums[0], sums[1], sums[2], sums[3]);
+  const __m512 u = totals(sums[4], sums[5], sums[4], sums[5]);
+  const __m512 along = _mm512_shuffle_f32x4(t, u, 0x44);
+  const __m512 fit = _mm512_div_ps(along, _mm512_shuffle_f32x4(t, u, 0xee));
+  const __m512 gain = _mm512_div_ps(_mm512_mul_ps(along, fit), _mm512_mul_ps(steps, steps));
+  __m512 best = _mm512_max_ps(gain, _mm512_shuffle_f32x4(gain, gain, 0x4e));
+  best = _mm512_max_ps(best, _mm512_permute_ps(best, 0x4e));
+  best = _mm512_max_ps(best, _mm512_permute_ps(best, 0xb1));
+  const unsigned is_best = _mm512_cmp_ps_mask(gain, best, _CMP_EQ_OQ);
+  alignas(64) float scales[16], chosen[16];
+  _mm512_store_ps(scales, _mm512_mul_ps(fit, _mm512_div_ps(top, steps)));
+  _mm512_store_ps(chosen, inverses);
+  const int first = __builtin_ctz(is_best & 0x0f0f), second = __builtin_ctz(is_best & 0xf0f0);
+  scale[0] = scales[first];
+  scale[1] = scales[second];
+  const __m512 inverse = _mm512_insertf32x8(_mm512_set1_ps(chosen[first]),
+                                            _mm256_set1_ps(chosen[second]), 1);
+  for (int i = 0; i < 4; ++i) {
+    const __m128i bytes =
+        _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + 8 * i), bytes);
+    _mm_storeh_pd(reinterpret_cast<double*>(codes + 32 + 8 * i), _mm_castsi128_pd(bytes));
+  }
+}
+#else
+constexpr int kTogether = 1;
+
+inline void quantize_groups(const float* p, int8_t* codes, float* scale) {
+  *scale = quantize_group(p, codes);
+}
+#endif
+
 }  // namespace

@@ -7,7 +7,7 @@ namespace moecli {
 
 extern const Kernels kPortable;
 #ifdef MOECLI_X86
-extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;  // as far as the compiler knows them
 #endif
 
 namespace {
@@ -37,9 +37,15 @@ bool has_avx512vnni() {
 
 const Variant kVariants[] = {
 #ifdef MOECLI_X86
+#ifndef MOECLI_WITHOUT_AVX512VNNI
     {&kAvx512Vnni, has_avx512vnni},
+#endif
+#ifndef MOECLI_WITHOUT_AVXVNNI
     {&kAvxVnni, has_avxvnni},
+#endif
+#ifndef MOECLI_WITHOUT_AVX2
     {&kAvx2, has_avx2},
+#endif
 #endif
     {&kPortable, [] { return true; }},
 };

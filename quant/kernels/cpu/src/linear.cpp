@@ -9,7 +9,7 @@
 namespace moecli {
 namespace {
 
-constexpr int64_t kRows = 64;  // of an item, for few tokens
+constexpr int64_t kRows = 64;  // of an item
 constexpr int kTokens = 4;     // of a float product at once
 
 struct Product {
@@ -42,44 +42,46 @@ struct Product {
     }
   }
 
+  static int64_t parts(const Linear& one) { return (one.rows + kRows - 1) / kRows; }
+
   // Item -> which product, and which of its rows.
-  const Linear& find(int64_t item, int64_t rows, int64_t* row) const {
+  const Linear& find(int64_t item, int64_t* row) const {
     const Linear* one = all;
-    for (; item >= (one->rows + rows - 1) / rows; ++one) item -= (one->rows + rows - 1) / rows;
-    *row = item * rows;
+    for (; item >= parts(*one); ++one) item -= parts(*one);
+    *row = item * kRows;
     return *one;
   }
 
   // The codes of what this thread will probably take next.
-  const uint8_t* after(int64_t item, int64_t rows) const {
-    if (item + threads >= items(rows)) return nullptr;
+  const uint8_t* after(int64_t item) const {
+    if (item + threads >= items()) return nullptr;
     int64_t row;
-    const Matrix& m = find(item + threads, rows, &row).weight;
+    const Matrix& m = find(item + threads, &row).weight;
     return m.packed + row * m.packed_stride;
   }
 
-  int64_t items(int64_t rows) const {
+  int64_t items() const {
     int64_t total = 0;
-    for (int i = 0; i < count; ++i) total += (all[i].rows + rows - 1) / rows;
+    for (int i = 0; i < count; ++i) total += parts(all[i]);
     return total;
   }
 
   void multiply_few(int64_t item) const {
     int64_t row;
-    const Linear& one = find(item, kRows, &row);
+    const Linear& one = find(item, &row);
     const uint8_t* tokens_at[kFew];
     for (int64_t t = 0; t < tokens; ++t) tokens_at[t] = memory + t * stride;
     k.rows_matmul(one.weight, row, std::min(kRows, one.rows - row), tokens_at,
-                  static_cast<int>(tokens), one.out + row, one.rows, after(item, kRows));
+                  static_cast<int>(tokens), one.out + row, one.rows, after(item));
   }
 
   void multiply_many(int64_t item) const {
     int64_t row;
-    const Linear& one = find(item, k.tiles_rows, &row);
+    const Linear& one = find(item, &row);
     uint8_t* scratch = thread_scratch(k.tiles_scratch(in(), bits()));
-    k.tiles_matmul(one.weight, row, std::min<int64_t>(k.tiles_rows, one.rows - row), memory,
+    k.tiles_matmul(one.weight, row, std::min(kRows, one.rows - row), memory,
                    static_cast<int>(tokens), one.out + row, one.rows, scratch,
-                   after(item, k.tiles_rows));
+                   after(item));
   }
 };
 
@@ -96,7 +98,7 @@ void linears(const Kernels& kernels, const float* x, int64_t tokens, const Linea
     auto quantize = [&](int64_t item) { product.quantize_token(item); };
     auto multiply = [&](int64_t item) { product.multiply_few(item); };
     const Phase phases[] = {Phase::of(tokens, quantize),
-                            Phase::of(product.items(kRows), multiply)};
+                            Phase::of(product.items(), multiply)};
     pool.run(threads, phases, 2);
   } else {
     const int n = static_cast<int>(tokens);
@@ -104,7 +106,7 @@ void linears(const Kernels& kernels, const float* x, int64_t tokens, const Linea
     auto quantize = [&](int64_t item) { product.quantize_block(item); };
     auto multiply = [&](int64_t item) { product.multiply_many(item); };
     const Phase phases[] = {Phase::of(Blocks(n, kernels.block).count, quantize),
-                            Phase::of(product.items(kernels.tiles_rows), multiply)};
+                            Phase::of(product.items(), multiply)};
     pool.run(threads, phases, 2);
   }
 }

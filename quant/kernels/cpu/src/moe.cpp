@@ -206,13 +206,8 @@ void Layer::inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t
   float* up = gate + values;
   const uint8_t* x = memory + e.input;
   const Matrix gates = matrix(e.blob, 0), ups = matrix(e.blob, 1);
-  for (int64_t r = 0; r < rows; r += k.tiles_rows) {
-    const int64_t some = std::min<int64_t>(k.tiles_rows, rows - r);
-    k.tiles_matmul(gates, row + r, some, x, e.count, gate + r, rows, scratch,
-                   codes(e, 1, row + r));
-    k.tiles_matmul(ups, row + r, some, x, e.count, up + r, rows, scratch,
-                   r + some < rows ? codes(e, 0, row + r + some) : next);
-  }
+  k.tiles_matmul(gates, row, rows, x, e.count, gate, rows, scratch, codes(e, 1, row));
+  k.tiles_matmul(ups, row, rows, x, e.count, up, rows, scratch, next);
   bias(e, 0, row, rows, gate);
   bias(e, 1, row, rows, up);
   k.activate(c.activation, gate, up, gate, values);
@@ -254,11 +249,7 @@ void Layer::outer(int64_t item) const {
       for (int i = 0; i < e.count; ++i) x[i] = memory + e.inner + i * inner_stride;
       k.rows_matmul(down, row, rows, x, e.count, y, rows, next);
     } else {
-      for (int64_t r = 0; r < rows; r += k.tiles_rows) {
-        const int64_t some = std::min<int64_t>(k.tiles_rows, rows - r);
-        k.tiles_matmul(down, row + r, some, memory + e.inner, e.count, y + r, rows, scratch,
-                       r + some < rows ? codes(e, 2, row + r + some) : next);
-      }
+      k.tiles_matmul(down, row, rows, memory + e.inner, e.count, y, rows, scratch, next);
     }
     if (c.begin == 0) bias(e, 2, row, rows, y);  // once, where parts of an expert add up
     add(e, row, rows, y, sums);

@@ -65,13 +65,27 @@ inline void put_group(uint8_t* out, int64_t group, const int8_t (&codes)[kGroup]
   }
 }
 
+// `use(i, codes, scale)` for every 32 elements, from x[i] on.
+template <class Use>
+void each_group(const float* x, int64_t count, Use use) {
+  int8_t codes[kTogether][kGroup];
+  float scale[kTogether];
+  int64_t i = 0;
+  for (; i + kTogether * kGroup <= count; i += kTogether * kGroup) {
+    quantize_groups(x + i, codes[0], scale);
+    for (int k = 0; k < kTogether; ++k) use(i + k * kGroup, codes[k], scale[k]);
+  }
+  for (; i < count; i += kGroup) {
+    *scale = quantize_group(x + i, codes[0]);
+    use(i, codes[0], *scale);
+  }
+}
+
 inline void rows_quantize(const float* x, float factor, int64_t begin, int64_t count, int bits,
                           uint8_t* out) {
-  for (int64_t i = 0; i < count; i += kGroup) {
-    int8_t codes[kGroup];
-    const float scale = quantize_group(x + i, codes);
+  each_group(x, count, [&](int64_t i, const int8_t (&codes)[kGroup], float scale) {
     put_group(out, (begin + i) / kGroup, codes, scale * factor, bits);
-  }
+  });
 }
 
 inline void rows_pad(int64_t in, int bits, uint8_t* out) {

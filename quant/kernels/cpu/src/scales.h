@@ -61,7 +61,7 @@ struct Groups {
         Vec::store(rows + k * g + i, load_as(weight, type, (first + k) * g + i));
       }
     }
-    for (int i = 0; i < g; i += L) {
+    for (int i = 0; i < g; i += 4) {
       Vec::transpose(reinterpret_cast<const uint8_t*>(rows + i), 4 * g,
                      reinterpret_cast<uint8_t*>(x + i * L));
     }

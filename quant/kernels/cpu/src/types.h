@@ -83,8 +83,8 @@ struct Kernels {
   void (*block_insert)(const uint8_t* plain, int64_t in, int64_t begin, int64_t count, float factor,
                        int slot, int n, uint8_t* out);
   int64_t (*tiles_scratch)(int64_t in, int bits);
-  // out[t * ld + r] for all tokens of all blocks; `rows` is at most `tiles_rows`.
-  int tiles_rows;
+  // out[t * ld + r] for all tokens of all blocks. The more rows, the better what tokens have stays
+  // in the second cache.
   void (*tiles_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int n,
                        float* out, int64_t ld, uint8_t* scratch, const uint8_t* next);
 

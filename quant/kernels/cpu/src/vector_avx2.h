@@ -11,6 +11,7 @@ namespace {
 
 struct Vec {
   static constexpr int L = 8;  // 32-bit lanes
+  static constexpr int kWide = 1;   // tiles at once
   static constexpr int kBlock = 4;  // tokens of a block that fit the registers
   using F = __m256;
   using I = __m256i;
@@ -106,26 +107,22 @@ struct Vec {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // out[i * L + r] = 4 bytes i of row r, for L rows of 4 * L bytes.
+  // out[i * L + r] = 4 bytes i of row r, for 16 bytes of L rows.
   static void transpose(const uint8_t* rows, int64_t stride, uint8_t* out) {
-    const auto two = [&](int row, int column) {  // 16 bytes of rows row and row + 4
-      const uint8_t* p = rows + row * stride + column;
+    const auto two = [&](int row) {  // rows row and row + 4
       const auto part = [&](int r) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * r * stride));
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (row + r) * stride));
       };
-      return _mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(1), 1);
+      return _mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(4), 1);
     };
-    for (int column = 0; column < 32; column += 16) {
-      const __m256i a = two(0, column), b = two(1, column);
-      const __m256i c = two(2, column), d = two(3, column);
-      const __m256i ab = _mm256_unpacklo_epi32(a, b), ab2 = _mm256_unpackhi_epi32(a, b);
-      const __m256i cd = _mm256_unpacklo_epi32(c, d), cd2 = _mm256_unpackhi_epi32(c, d);
-      __m256i* o = reinterpret_cast<__m256i*>(out + column * L);
-      _mm256_storeu_si256(o, _mm256_unpacklo_epi64(ab, cd));
-      _mm256_storeu_si256(o + 1, _mm256_unpackhi_epi64(ab, cd));
-      _mm256_storeu_si256(o + 2, _mm256_unpacklo_epi64(ab2, cd2));
-      _mm256_storeu_si256(o + 3, _mm256_unpackhi_epi64(ab2, cd2));
-    }
+    const __m256i a = two(0), b = two(1), c = two(2), d = two(3);
+    const __m256i ab = _mm256_unpacklo_epi32(a, b), ab2 = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd = _mm256_unpacklo_epi32(c, d), cd2 = _mm256_unpackhi_epi32(c, d);
+    __m256i* o = reinterpret_cast<__m256i*>(out);
+    _mm256_storeu_si256(o, _mm256_unpacklo_epi64(ab, cd));
+    _mm256_storeu_si256(o + 1, _mm256_unpackhi_epi64(ab, cd));
+    _mm256_storeu_si256(o + 2, _mm256_unpacklo_epi64(ab2, cd2));
+    _mm256_storeu_si256(o + 3, _mm256_unpackhi_epi64(ab2, cd2));
   }
 
 #ifdef __AVXVNNI__

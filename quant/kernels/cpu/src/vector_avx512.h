@@ -10,7 +10,8 @@ namespace {
 
 struct Vec {
   static constexpr int L = 16;  // 32-bit lanes
-  static constexpr int kBlock = 8;  // tokens of a block that fit the registers
+  static constexpr int kWide = 2;   // tiles at once, which share the codes of tokens
+  static constexpr int kBlock = 4;  // tokens of a block that then fit the registers
   using F = __m512;
   using I = __m512i;
   using B = __m512i;  // 4 bytes a lane
@@ -117,29 +118,24 @@ struct Vec {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
-  // out[i * L + r] = 4 bytes i of row r, for L rows of 4 * L bytes.
+  // out[i * L + r] = 4 bytes i of row r, for 16 bytes of L rows.
   static void transpose(const uint8_t* rows, int64_t stride, uint8_t* out) {
-    const auto four = [&](int row, int column) {  // 16 bytes of rows row, row + 4, + 8, + 12
-      const uint8_t* p = rows + row * stride + column;
+    const auto four = [&](int row) {  // rows row, row + 4, + 8, + 12
       const auto part = [&](int r) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * r * stride));
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (row + 4 * r) * stride));
       };
       __m512i all = _mm512_castsi128_si512(part(0));
       all = _mm512_inserti32x4(all, part(1), 1);
       all = _mm512_inserti32x4(all, part(2), 2);
       return _mm512_inserti32x4(all, part(3), 3);
     };
-    for (int column = 0; column < 64; column += 16) {
-      const __m512i a = four(0, column), b = four(1, column);
-      const __m512i c = four(2, column), d = four(3, column);
-      const __m512i ab = _mm512_unpacklo_epi32(a, b), ab2 = _mm512_unpackhi_epi32(a, b);
-      const __m512i cd = _mm512_unpacklo_epi32(c, d), cd2 = _mm512_unpackhi_epi32(c, d);
-      uint8_t* o = out + column * L;
-      _mm512_storeu_si512(o, _mm512_unpacklo_epi64(ab, cd));
-      _mm512_storeu_si512(o + 64, _mm512_unpackhi_epi64(ab, cd));
-      _mm512_storeu_si512(o + 128, _mm512_unpacklo_epi64(ab2, cd2));
-      _mm512_storeu_si512(o + 192, _mm512_unpackhi_epi64(ab2, cd2));
-    }
+    const __m512i a = four(0), b = four(1), c = four(2), d = four(3);
+    const __m512i ab = _mm512_unpacklo_epi32(a, b), ab2 = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd = _mm512_unpacklo_epi32(c, d), cd2 = _mm512_unpackhi_epi32(c, d);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab, cd));
+    _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi64(ab, cd));
+    _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi64(ab2, cd2));
+    _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi64(ab2, cd2));
   }
 
   // Sums of products of codes and activations. `offset` takes off what codes have too much:

@@ -9,6 +9,7 @@ namespace {
 
 struct Vec {
   static constexpr int L = 8;
+  static constexpr int kWide = 1;   // tiles at once
   static constexpr int kBlock = 4;
   struct F {
     float v[L];
@@ -155,8 +156,9 @@ struct Vec {
     return from_bits(sign | rest << 13) * 0x1p112f;
   }
 
+  // out[i * L + r] = 4 bytes i of row r, for 16 bytes of L rows.
   static void transpose(const uint8_t* rows, int64_t stride, uint8_t* out) {
-    for (int i = 0; i < L; ++i) {
+    for (int i = 0; i < 4; ++i) {
       for (int r = 0; r < L; ++r) std::memcpy(out + 4 * (i * L + r), rows + r * stride + 4 * i, 4);
     }
   }

@@ -8,94 +8,44 @@ magnitude of each row. What bitsandbytes has left alone lies beside them as it w
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.bnb import BlockSpan, NestedScales, dequantize_span, load
-from quant.checkpoint import Checkpoint, TensorInfo
+from quant.checkpoint import Checkpoint
 from quant.errors import QuantError
+from quant.sources.packed import (
+    DAMAGED_HINT,
+    Format,
+    PackedTensor,
+    misfit,
+    modules,
+    present,
+    require,
+)
 
 _STATE = ".quant_state.bitsandbytes__"
-_SCB = ".SCB"
+_SCB, _LAYOUT = "SCB", "weight_format"
 _TYPES = ("nf4", "fp4")
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_DAMAGED_HINT = "the checkpoint is incomplete or damaged; download it again"
 
 
-@dataclass(frozen=True)
-class PackedTensor(ABC):
-    """A float tensor that is stored as several others."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    companions: tuple[str, ...]  # the others that belong to it
-
-    @abstractmethod
-    def check(self, stored: Checkpoint) -> None:
-        """Raise QuantError unless everything is there and fits."""
-
-    @abstractmethod
-    def rows(self, stored: Checkpoint, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) along the first dimension, reading no more than they need."""
-
-
-@dataclass(frozen=True)
-class BnbCheckpoint(Checkpoint):
-    """A checkpoint whose packed tensors look like the float tensors they stand for."""
-
-    stored: Checkpoint
-    packed: Mapping[str, PackedTensor]
-
-    def read(self, name: str) -> Tensor:
-        if name not in self.packed:
-            return super().read(name)
-        return self.read_rows(name, 0, self.packed[name].shape[0])
-
-    def read_slice(self, name: str, index: int) -> Tensor:
-        if name not in self.packed:
-            return super().read_slice(name, index)
-        return self.read_rows(name, index, index + 1)[0]
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self.packed:
-            return super().read_rows(name, start, stop)
-        return self.packed[name].rows(self.stored, start, stop)
-
-
-def open_source(path: Path) -> Checkpoint:
-    """A checkpoint to convert from, with float tensors wherever bitsandbytes has packed them.
-
-    Raises QuantError where something is missing, damaged or pickled.
-    """
-    stored = Checkpoint.open(path)
-    packed = {tensor.name: tensor for tensor in _packed_tensors(stored)}
-    if not packed:
-        return stored
-    load()
-    tensors = dict(stored.tensors)
-    for name, tensor in packed.items():
-        tensor.check(stored)
-        info = stored.info(name)
-        nbytes = info.nbytes + sum(tensors.pop(part).nbytes for part in tensor.companions)
-        tensors[name] = TensorInfo(info.file, tensor.dtype, tensor.shape, info.offset, nbytes)
-    return BnbCheckpoint(stored.path, stored.config, stored.files, tensors, stored, packed)
-
-
-def _packed_tensors(stored: Checkpoint) -> Iterator[PackedTensor]:
-    for name in stored.tensors:
-        weight, found, quant_type = name.rpartition(_STATE)
-        if found:
-            yield _four_bit(stored, weight, quant_type)
-        elif name.endswith(_SCB):
-            yield EightBitTensor.of(stored, name.removesuffix(_SCB))
+def _packed_tensors(stored: Checkpoint, said: Mapping[str, Any]) -> Iterator[PackedTensor]:
+    states = [name for name in stored.tensors if _STATE in name]
+    eight_bit = list(modules(stored, _SCB))
+    layouts = [name for module in eight_bit for name in present(stored, module, _LAYOUT)]
+    if states or eight_bit:
+        load()
+    small = stored.read_small([*states, *layouts])
+    for name in states:
+        yield _four_bit(stored, name, small[name])
+    for module in eight_bit:
+        yield _eight_bit(stored, module, small.get(f"{module}.{_LAYOUT}"))
 
 
 @dataclass(frozen=True)
@@ -113,9 +63,9 @@ class FourBitTensor(PackedTensor):
 
     def check(self, stored: Checkpoint) -> None:
         blocks = -(-self.count // self.block_size)
-        weight = _require(stored, self.name)
+        weight = require(stored, self.name)
         if len(weight.shape) != 2 or weight.shape[1] != 1 or 2 * weight.nbytes < self.count:
-            raise _misfit(self.name, weight.shape, f"does not hold {self.count} values of 4 bits")
+            raise misfit(self.name, weight.shape, f"does not hold {self.count} values of 4 bits")
         expected = {"absmax": (torch.float32, blocks)}
         if self.nested_block_size:
             nested_blocks = -(-blocks // self.nested_block_size)
@@ -124,12 +74,12 @@ class FourBitTensor(PackedTensor):
                 "nested_absmax": (torch.float32, nested_blocks),
                 "nested_quant_map": (torch.float32, 256),
             }
-        for part in self.companions:
-            _require(stored, part)
+        for part in self.parts:
+            require(stored, part)
         for part, (dtype, count) in expected.items():
-            info = _require(stored, f"{self.name}.{part}")
+            info = require(stored, f"{self.name}.{part}")
             if info.dtype != dtype or math.prod(info.shape) != count or len(info.shape) != 1:
-                raise _misfit(f"{self.name}.{part}", info.shape, f"is not {count} of {dtype}")
+                raise misfit(f"{self.name}.{part}", info.shape, f"is not {count} of {dtype}")
 
     def rows(self, stored: Checkpoint, start: int, stop: int) -> Tensor:
         columns = math.prod(self.shape[1:])
@@ -167,44 +117,44 @@ class FourBitTensor(PackedTensor):
 class EightBitTensor(PackedTensor):
     """value = code * SCB / 127, in the fp32 that bitsandbytes gives back."""
 
-    @classmethod
-    def of(cls, stored: Checkpoint, module: str) -> "EightBitTensor":
-        name, layout = f"{module}.weight", f"{module}.weight_format"
-        companions = [module + _SCB, *([layout] if layout in stored.tensors else [])]
-        return cls(name, torch.float32, _require(stored, name).shape, tuple(companions))
-
     def check(self, stored: Checkpoint) -> None:
-        weight, scale = stored.info(self.name), stored.info(self.companions[0])
+        weight, scale = stored.info(self.name), stored.info(self.parts[1])
         if weight.dtype != torch.int8 or len(weight.shape) != 2:
-            raise _misfit(self.name, weight.shape, "is no int8 matrix, though it has an `SCB`")
+            raise misfit(self.name, weight.shape, "is no int8 matrix, though it has an `SCB`")
         if scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
-            raise _misfit(self.companions[0], scale.shape, f"is no scale a row of `{self.name}`")
-        for layout in self.companions[1:]:
-            if int(stored.read(layout)) != 0:
-                raise QuantError(
-                    f"`{self.name}` lies in the order of an old GPU kernel",
-                    "save the model anew with bitsandbytes 0.45 or later, or use the 16-bit one",
-                )
+            raise misfit(self.parts[1], scale.shape, f"is no scale a row of `{self.name}`")
 
     def rows(self, stored: Checkpoint, start: int, stop: int) -> Tensor:
         values: Tensor = torch.ops.bitsandbytes.int8_vectorwise_dequant.default(
             stored.read_rows(self.name, start, stop),
-            stored.read_rows(self.companions[0], start, stop),
+            stored.read_rows(self.parts[1], start, stop),
         )
         return values
 
 
-def _four_bit(stored: Checkpoint, name: str, quant_type: str) -> FourBitTensor:
+def _eight_bit(stored: Checkpoint, module: str, layout: Tensor | None) -> EightBitTensor:
+    name = f"{module}.weight"
+    if layout is not None and int(layout) != 0:
+        raise QuantError(
+            f"`{name}` lies in the order of an old GPU kernel",
+            "save the model anew with bitsandbytes 0.45 or later, or use the 16-bit one",
+        )
+    parts = (name, f"{module}.{_SCB}", *present(stored, module, _LAYOUT))
+    return EightBitTensor(name, torch.float32, require(stored, name).shape, parts)
+
+
+def _four_bit(stored: Checkpoint, state_name: str, content: Tensor) -> FourBitTensor:
     """Read what the JSON beside a packed tensor says; raises QuantError where it makes no sense."""
-    state_name = f"{name}{_STATE}{quant_type}"
+    name = state_name.partition(_STATE)[0]
+    require(stored, name)
     try:
-        state = json.loads(bytes(stored.read(state_name).tolist()))
+        state = json.loads(bytes(content.tolist()))
         shape, nested = tuple(map(_count, state["shape"])), "nested_offset" in state
         tensor = FourBitTensor(
             name=name,
             dtype=_DTYPES[state["dtype"]],
             shape=shape,
-            companions=tuple(_companions(state_name, name, nested)),
+            parts=(name, *_companions(state_name, name, nested)),
             quant_type=state["quant_type"],
             block_size=state["blocksize"],
             nested_block_size=_count(state["nested_blocksize"]) if nested else 0,
@@ -214,7 +164,7 @@ def _four_bit(stored: Checkpoint, name: str, quant_type: str) -> FourBitTensor:
             raise ValueError
     except (ValueError, TypeError, KeyError) as error:
         raise QuantError(
-            f"`{state_name}` is no description of a packed tensor", _DAMAGED_HINT
+            f"`{state_name}` is no description of a packed tensor", DAMAGED_HINT
         ) from error
     return tensor
 
@@ -230,14 +180,12 @@ def _count(value: Any) -> int:
     return value
 
 
-def _require(stored: Checkpoint, name: str) -> TensorInfo:
-    if name not in stored.tensors:
-        raise QuantError(
-            f"`{stored.path}` lacks `{name}`, which bitsandbytes stores with the others",
-            _DAMAGED_HINT,
-        )
-    return stored.info(name)
+def _form(said: Mapping[str, Any]) -> str:
+    """Old configs say only `load_in_8bit`, newer ones `_load_in_8bit`."""
+    if said.get("load_in_8bit") or said.get("_load_in_8bit"):
+        return "bitsandbytes LLM.int8"
+    doubly = ", double quantization" if said.get("bnb_4bit_use_double_quant") else ""
+    return f"bitsandbytes {str(said.get('bnb_4bit_quant_type', 'fp4')).upper()}{doubly}"
 
 
-def _misfit(name: str, shape: tuple[int, ...], fault: str) -> QuantError:
-    return QuantError(f"`{name}` of shape {list(shape)} {fault}", _DAMAGED_HINT)
+FORMAT = Format("bitsandbytes", "bitsandbytes (NF4, FP4, LLM.int8)", _packed_tensors, _form)

@@ -1,0 +1,1 @@
+"""Checkpoints that are quantized already, read as if they were not."""

@@ -1,0 +1,50 @@
+"""Sizes of what is counted by its outline, and the groups that divide it."""
+
+from dataclasses import replace
+
+from moecli import known
+from moecli.footprint import expert_nbytes, fitting, model_footprint, stored_nbytes
+from moecli.models.hf_outline import read_counted
+from moecli.models.outline import Counted
+from quant.scheme import QuantScheme
+
+
+def counted(name: str) -> Counted:
+    spec = known.find(name)
+    assert spec is not None
+    return read_counted(spec.config())
+
+
+def test_biases_of_experts_lie_beside_them_in_16_bits() -> None:
+    outline = counted("gpt-oss-20b")
+    scheme = QuantScheme(4, 32)
+    weights = 3 * 2880 * 2880 * 9 // 16  # 4.5 bits
+    assert expert_nbytes(outline, scheme) == weights + 2 * (2 * 2880 + 2880)
+    assert expert_nbytes(outline, None) == 2 * outline.expert_numel
+    assert expert_nbytes(counted("mixtral-8x7b"), scheme) == 3 * 4096 * 14336 * 9 // 16
+    footprint = model_footprint(outline, scheme, None, 300, 128)
+    assert footprint.expert_nbytes == weights + 17_280
+    assert footprint.slot_nbytes % 4096 == 0
+    assert 0 <= footprint.slot_nbytes - footprint.expert_nbytes < 4096
+
+
+def test_groups_are_the_widest_that_divide_every_row() -> None:
+    oss, scout = counted("gpt-oss-20b"), counted("llama4-scout")
+    int8, int4 = QuantScheme.parse("int8"), QuantScheme.parse("int4")
+    assert fitting(oss, int8, experts=True).name == "int8-g64"
+    assert fitting(oss, int8, experts=False).name == "int8-g64"
+    assert fitting(oss, int4, experts=True).name == "int4-g32", "never wider than asked for"
+    assert fitting(scout, int8, experts=True) == int8
+    odd = replace(oss, hidden_size=48)
+    assert fitting(odd, int8, experts=True) == int8, "nothing fits: the layout says so"
+
+
+def test_scout_takes_in_files_what_its_parts_take() -> None:
+    """Bytes by hand: experts at 4.5 bits, other linears at 8.125, the rest at 16."""
+    scout = counted("llama4-scout")
+    experts, linears = 96_636_764_160, 48 * (62_914_560 + 125_829_120) + 1_034_485_760
+    rest = scout.num_params - experts - linears
+    int8, int4 = QuantScheme.parse("int8"), QuantScheme.parse("int4")
+    nbytes = experts * 9 // 16 + linears * 65 // 64 + 2 * rest
+    assert stored_nbytes(scout, int4, int8) == nbytes
+    assert stored_nbytes(scout, None, None) == 217_283_587_072
