@@ -11,6 +11,7 @@ from moecli.hub.client import Caller
 from moecli.hub.selection import COMPANIONS
 from moecli.models.config import ModelSpec
 from moecli.models.facts import ModelFacts, read_facts
+from moecli.models.hf_config import without_prediction
 from moecli.models.naming import Conversion, Shapes, plan_conversion
 from quant.checkpoint import Checkpoint
 from quant.convert import convert
@@ -26,6 +27,12 @@ from quant.scheme import QuantScheme
 from quant.sources.opening import open_source, unpacked
 from quant.supply import AllThere, Supply
 
+Notify = Callable[[str], None]
+
+
+def _say_nothing(message: str) -> None:
+    pass
+
 
 def quantize_model(
     source: Path,
@@ -33,22 +40,28 @@ def quantize_model(
     scheme: QuantScheme,
     dense_scheme: QuantScheme | None,
     progress: ProgressCallback | None = None,
+    notify: Notify = _say_nothing,
 ) -> ConversionResult:
     """Quantize the checkpoint in `source` to `out`, or take up what was interrupted.
 
     Routed experts take `scheme`; attention, shared experts and an untied head `dense_scheme`, or
     16 bits with None. The source has 16 bits itself, or is packed in one of the forms of
-    quant.sources. Raises MoecliError and QuantError for anything wrong with the source, and
-    QuantError when `out` exists or cannot be written; what was finished then stays for a next try.
+    quant.sources. `notify` hears what of it is left out. Raises MoecliError and QuantError for
+    anything wrong with the source, and QuantError when `out` exists or cannot be written; what was
+    finished then stays for a next try.
     """
-    return convert(local_job(source, out, scheme, dense_scheme), progress)
+    return convert(local_job(source, out, scheme, dense_scheme, notify), progress)
 
 
 def local_job(
-    source: Path, out: Path, scheme: QuantScheme, dense_scheme: QuantScheme | None
+    source: Path,
+    out: Path,
+    scheme: QuantScheme,
+    dense_scheme: QuantScheme | None,
+    notify: Notify = _say_nothing,
 ) -> ConversionJob:
     """What quantize_model does."""
-    return _job(open_source(source), out, scheme, dense_scheme, AllThere())
+    return _job(open_source(source), out, scheme, dense_scheme, AllThere(), notify)
 
 
 def quantize_from_hub(
@@ -60,14 +73,16 @@ def quantize_from_hub(
     caller: Caller,
     progress: ProgressCallback | None = None,
     arrived: Callable[[int], None] = lambda nbytes: None,
+    notify: Notify = _say_nothing,
 ) -> ConversionResult:
     """As quantize_model, of a repository of the hub, file by file while it comes.
 
     The disk holds the result and one file of the source at most. `arrived` is told how many bytes
-    have come. What was interrupted goes on with the commit it began with, unless a revision is
-    given. Raises MoecliError too where the hub does not give what is needed.
+    have come, `notify` what is left out. What was interrupted goes on with the commit it began
+    with, unless a revision is given. Raises MoecliError too where the hub does not give what is
+    needed.
     """
-    job = hub_job(repo_id, revision, out, scheme, dense_scheme, caller, arrived)
+    job = hub_job(repo_id, revision, out, scheme, dense_scheme, caller, arrived, notify)
     return convert(job, progress)
 
 
@@ -79,6 +94,7 @@ def hub_job(
     dense_scheme: QuantScheme | None,
     caller: Caller,
     arrived: Callable[[int], None] = lambda nbytes: None,
+    notify: Notify = _say_nothing,
 ) -> ConversionJob:
     """What quantize_from_hub does; headers and small files have come."""
     from moecli.hub.pulling import weights_of
@@ -89,7 +105,7 @@ def hub_job(
     checkpoint = unpacked(open_remote(repository, directory, caller))
     names = weights_of(repository, checkpoint.path)
     supply = HubSupply(repository, names, directory, caller, arrived)
-    return _job(checkpoint, out, scheme, dense_scheme, supply)
+    return _job(checkpoint, out, scheme, dense_scheme, supply, notify)
 
 
 def _job(
@@ -98,11 +114,22 @@ def _job(
     scheme: QuantScheme,
     dense_scheme: QuantScheme | None,
     supply: Supply,
+    notify: Notify,
 ) -> ConversionJob:
     config = _without_quantization(checkpoint.config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    conversion = _conversion(read_facts(config), shapes, dense_scheme)
-    config["quantization_config"] = quantization_config(scheme, dense_scheme, conversion.ignore)
+    facts = read_facts(config)
+    conversion = _conversion(facts, shapes, dense_scheme)
+    if conversion.left_out:
+        config = without_prediction(config)
+        notify(
+            f"layers beyond the model's {facts.num_layers} are left out "
+            f"({len(conversion.left_out)} tensors): they guess later tokens than the next (MTP), "
+            "which moecli does not do"
+        )
+    config["quantization_config"] = quantization_config(
+        scheme, dense_scheme, conversion.ignore, conversion.expert_targets
+    )
     return ConversionJob(
         source=checkpoint,
         out=out,

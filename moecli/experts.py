@@ -5,6 +5,7 @@ layer.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +37,17 @@ class OffloadedExperts:
         spec: ModelFacts,
         usage: ExpertUsage,
         gates: Mapping[int, Gate] | None = None,
+        biases: Mapping[int, Tensor] | None = None,
+        activation: str = "silu",
     ) -> None:
-        """`usage` counts what is asked for here; `gates`, by layer, where it is not SiLU's."""
+        """`usage` counts what is asked for here; `gates`, by layer, where no activation is known to
+        kernels; `biases`: by layer, fp32 [E, 2 I + H]."""
         self._manager = manager
         self._usage = usage
         self._gates = gates or {}
         self._layout = layout
         self._spec = spec
+        self._biases, self._activation = biases or {}, activation
         self._stream: Stream | None = None  # the newest
         self._guess: tuple[int, list[int]] | None = None  # a layer and its experts
         total = len(spec.moe_layers) * spec.num_experts
@@ -64,8 +69,11 @@ class OffloadedExperts:
         wanted = sorted(set(topk_ids.flatten().tolist()))
         self._usage.add(layer, wanted)
         self._stream = self._manager.stream(layer, wanted)
-        gate = self._gates.get(layer)
-        choices = Choices(hidden, topk_ids, topk_weights, self._layout, self._spec, gate)
+        choices = Choices(
+            *(hidden, topk_ids, topk_weights, self._layout, self._spec),
+            self._gates.get(layer),
+            {"biases": self._biases.get(layer), "activation": self._activation},
+        )
         return PendingExperts(self._stream, len(wanted), choices, self._send_guess_beside)
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
@@ -105,11 +113,13 @@ class Choices:
         topk_weights: Tensor,  # [T, k]
         layout: ExpertLayout,
         spec: ModelFacts,
-        gate: Gate | None = None,
+        gate: Gate | None,
+        options: Mapping[str, Any],  # of the ops
     ) -> None:
         self._chosen = hidden, topk_ids, topk_weights
         self._num_experts = spec.num_experts
-        self._layout, self._weight_on_input, self._gate = layout, spec.weight_on_input, gate
+        self._layout, self._gate = layout, gate
+        self._options = {**options, "weight_on_input": spec.weight_on_input}
         self._total: Tensor | None = None  # [T, k, H], once there is more than one group
 
     def compute_all(self, addresses: dict[int, int]) -> Tensor:
@@ -121,7 +131,7 @@ class Choices:
         out = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
         ops.add_routed_experts(
             *(out, *self._chosen, address_table(addresses, self._num_experts), self._layout),
-            weight_on_input=self._weight_on_input,
+            **self._options,
         )
         return out.to(hidden.dtype)
 
@@ -151,9 +161,7 @@ class Choices:
         """[tokens, choices, H]"""
         if self._gate is not None:
             return gated_experts(hidden, ids, weights, table, self._layout, self._gate)
-        return ops.routed_experts(
-            *(hidden, ids, weights, table, self._layout), weight_on_input=self._weight_on_input
-        )
+        return ops.routed_experts(*(hidden, ids, weights, table, self._layout), **self._options)
 
 
 class PendingExperts:

@@ -2,6 +2,7 @@
 
 from moecli.config import KV_DTYPES, RUN_SCHEMES
 from moecli.models.config import MOST_TILES, DenseTensor, ModelSpec, VisionSpec
+from moecli.models.latent_sizes import workspace_numel
 from moecli.models.outline import Counted, Outline, Own
 from offload.plan import ModelFootprint
 from quant.layout import SLOT_ALIGNMENT, ExpertLayout
@@ -9,7 +10,7 @@ from quant.scheme import GROUP_SIZES, QuantScheme
 
 _KV_ITEMSIZES = {"auto": (2, 0), "bf16": (2, 0), "int8": (1, 2)}  # of a number, and of a scale
 STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
-COMPUTE_ITEMSIZE = 4  # activations are fp32
+COMPUTE_ITEMSIZE = 4  # activations are fp32, and what must not be rounded
 _BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantization
 
 
@@ -56,6 +57,8 @@ def tensor_nbytes(
     `run_scheme` nf4 or llm-int8: what bitsandbytes keeps of it once it is opened.
     """
     assert run_scheme in RUN_SCHEMES, f"no dense scheme is called {run_scheme}"
+    if tensor.exact or tensor.expanded:
+        return COMPUTE_ITEMSIZE * tensor.numel
     if not tensor.linear:
         return STORED_ITEMSIZE * tensor.numel
     if run_scheme == "llm-int8":
@@ -90,13 +93,13 @@ def workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     if not isinstance(spec, Own):
         return spec.workspace_nbytes(ctx, prefill_chunk)
     tokens = min(prefill_chunk, ctx)
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     inner = max(
         spec.expert_intermediate_size, spec.shared_intermediate_size, spec.dense_intermediate_size
     )
-    a_token = 4 * spec.hidden_size + heads + 2 * spec.experts_per_token * spec.hidden_size
+    a_token = 4 * spec.hidden_size + 2 * spec.experts_per_token * spec.hidden_size
     a_token += 3 * inner
-    text = COMPUTE_ITEMSIZE * (tokens * a_token + 2 * spec.vocab_size)
+    numel = tokens * a_token + _attention_numel(spec, tokens, ctx) + 2 * spec.vocab_size
+    text = COMPUTE_ITEMSIZE * numel
     if not isinstance(spec, ModelSpec) or spec.vision is None:
         return text
     most = 2 * (MOST_TILES + 1) * spec.vision.tile_tokens  # patches of two pictures in a chunk
@@ -125,6 +128,12 @@ def tower_nbytes(vision: VisionSpec, text_hidden: int) -> int:
     results = 2 * tiles * vision.tile_tokens * max(adapter_out, text_hidden)
     passing = pixels + states + largest + a_tile + results
     return COMPUTE_ITEMSIZE * passing + STORED_ITEMSIZE * (stored + 2 * pixels)
+
+
+def _attention_numel(spec: Own, tokens: int, ctx: int) -> int:
+    if isinstance(spec, ModelSpec) and spec.latent is not None:
+        return workspace_numel(spec.latent, spec.num_heads, tokens, ctx)
+    return tokens * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
 
 
 def kv_nbytes(spec: Counted, ctx: int, prefill_chunk: int, kv_dtype: str) -> int:

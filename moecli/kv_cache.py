@@ -2,8 +2,10 @@
 
 A full layer keeps every position. A chunked layer keeps one absolute chunk in a ring, slot =
 position % chunk: the next chunk overwrites it from slot 0, so that what a token sees is always one
-contiguous run. All memory is taken at once; in main memory pages are mapped only as they are first
-written. Stored as int8, every key and value has a scale of its own.
+contiguous run. A sliding layer keeps one window in a ring, slot = position % window: a single token
+sees all of it, in whatever order; several see copies in order. A latent layer keeps one vector for
+the keys and values of all heads. All memory is taken at once; in main memory pages are mapped only
+as they are first written. Stored as int8, every key and value has a scale of its own.
 """
 
 from collections.abc import Iterator
@@ -36,12 +38,15 @@ class KvCache:
         self.dtype = dtype
         self.chunk_size = spec.chunk_size
         self._chunked = tuple(layer.attention == "chunked" for layer in spec.layers)
+        self.window = spec.window
+        self._sliding = tuple(layer.attention == "sliding" for layer in spec.layers)
         self.device = torch.device(device)
-        heads, size = spec.num_kv_heads, spec.head_dim
-        self._storage = [  # per layer [2, kv heads, capacity, D]
-            torch.empty(2, heads, spec.kv_capacity(i, ctx), size, dtype=dtype, device=device)
-            for i in range(spec.num_layers)
-        ]
+        assert dtype != torch.int8 or spec.latent is None, "latents in int8"
+        self._storage = []  # per layer [2, kv heads, capacity, D]; [1, 1, capacity, R] of latents
+        for layer in range(spec.num_layers):
+            kinds, heads, size = spec.kv_shape(layer)
+            shape = (kinds, heads, spec.kv_capacity(layer, ctx), size)
+            self._storage.append(torch.empty(shape, dtype=dtype, device=device))
         scaled = self._storage if dtype == torch.int8 else []
         self._scales = [  # per layer [2, kv heads, capacity]; none unless int8
             torch.empty(storage.shape[:-1], dtype=SCALE_DTYPE, device=device) for storage in scaled
@@ -75,14 +80,15 @@ class KvCache:
         return self._storage[layer]
 
     def is_ring(self, layer: int) -> bool:
-        """Whether `layer` keeps one chunk of `chunk_size` tokens; else it keeps every position."""
-        return self._chunked[layer]
+        """Whether `layer` keeps one chunk, or one window, of tokens; else every position."""
+        return self._chunked[layer] or self._sliding[layer]
 
     def truncate(self, length: int) -> int:
         """Forget all tokens from `length` on; returns how many are really kept.
 
         That is fewer when the rings no longer hold the chunk `length` lies in: then the start of
-        that chunk. The caller computes the difference again.
+        that chunk; or the window before `length`: then none. The caller computes the difference
+        again.
         """
         assert 0 <= length <= self._length, f"truncate {self._length} tokens to {length}"
         self._length = self._keepable(length)
@@ -105,8 +111,12 @@ class KvCache:
 
         Shapes: keys and values [n, kv heads, D]. Yields (first, last, keys, values): tokens first
         to last - 1 of the new ones see keys [kv heads, L, D], of which the last ones are
-        their own; the views are valid until the next step of the iteration.
+        their own; the views are valid until the next step of the iteration. A single token of a
+        sliding layer sees its window in any order.
         """
+        if self._sliding[layer]:
+            yield from self._append_sliding(layer, start, keys, values)
+            return
         count, first = keys.shape[0], 0
         while first < count:
             slot, last = start + first, count
@@ -120,12 +130,46 @@ class KvCache:
             yield first, last, self._kept(layer, 0, end), self._kept(layer, 1, end)
             first = last
 
-    def _store(self, layer: int, part: int, slots: slice, heads: Tensor) -> None:
+    def _append_sliding(
+        self, layer: int, start: int, keys: Tensor, values: Tensor
+    ) -> Iterator[tuple[int, int, KeptHeads, KeptHeads]]:
+        """At most as many tokens a piece as slots: what they overwrite is copied before."""
+        count, capacity = keys.shape[0], self._storage[layer].shape[2]
+        for first in range(0, count, capacity):
+            last = min(count, first + capacity)
+            position, end = start + first, start + last
+            slots = torch.arange(position, end) % capacity
+            if last - first == 1:
+                self._store(layer, 0, slots, keys[first:last])
+                self._store(layer, 1, slots, values[first:last])
+                held = min(end, capacity)
+                yield first, last, self._kept(layer, 0, held), self._kept(layer, 1, held)
+                continue
+            before = torch.arange(max(0, position - capacity + 1), position) % capacity
+            old = [self._picked(layer, part, before) for part in range(2)]
+            self._store(layer, 0, slots, keys[first:last])
+            self._store(layer, 1, slots, values[first:last])
+            seen = [joined(old[part], self._picked(layer, part, slots)) for part in range(2)]
+            yield first, last, seen[0], seen[1]
+
+    def _picked(self, layer: int, part: int, slots: Tensor) -> KeptHeads:
+        """A copy of what lies in these slots, in this order."""
+        numbers = self._storage[layer][part, :, slots]
+        return Int8Heads(numbers, self._scales[layer][part, :, slots]) if self._scales else numbers
+
+    def append_latents(self, layer: int, start: int, latents: Tensor) -> Tensor:
+        """Store the latents of new tokens [n, R], and give those of all tokens so far, [L, R]."""
+        kept = self._storage[layer][0, 0]
+        end = start + latents.shape[0]
+        kept[start:end] = latents
+        return kept[:end]
+
+    def _store(self, layer: int, part: int, slots: slice | Tensor, heads: Tensor) -> None:
         """Keys (part 0) or values (part 1) [n, kv heads, D] into n slots."""
         heads = heads.transpose(0, 1)
         if self._scales:
             heads, self._scales[layer][part, :, slots] = quantize_heads(heads)
-        self._storage[layer][part, :, slots] = heads
+        self._storage[layer][part, :, slots] = heads.to(self.dtype)
 
     def _kept(self, layer: int, part: int, end: int) -> KeptHeads:
         """What lies in the slots up to `end`."""
@@ -135,9 +179,25 @@ class KvCache:
         return Int8Heads(numbers, self._scales[layer][part, :, :end])
 
     def _keepable(self, length: int) -> int:
-        """`length`, or the start of its chunk where the rings have moved on."""
+        """`length`, or the start of its chunk where the rings have moved on; 0 where windows have.
+
+        Of a window only the oldest token may be overwritten: the next one no longer sees it.
+        """
+        if self.window is not None and any(self._sliding):
+            whole = self._written <= min(self.window, self.ctx) or length >= self._written - 1
+            return length if whole else 0
         if self.chunk_size is None or not any(self._chunked):
             return length
         held = max(self._written - 1, 0) // self.chunk_size
         in_chunk = length % self.chunk_size
         return length if in_chunk == 0 or length // self.chunk_size == held else length - in_chunk
+
+
+def joined(first: KeptHeads, second: KeptHeads) -> KeptHeads:
+    """Two runs of tokens as one."""
+    if isinstance(first, Int8Heads) and isinstance(second, Int8Heads):
+        numbers = torch.cat((first.numbers, second.numbers), dim=1)
+        return Int8Heads(numbers, torch.cat((first.scales, second.scales), dim=1))
+    assert isinstance(first, Tensor), "one run in int8, the other not"
+    assert isinstance(second, Tensor), "one run in int8, the other not"
+    return torch.cat((first, second), dim=1)

@@ -67,7 +67,7 @@ class PlanReport:
             )
         if self.plan.on_device and not isinstance(spec, Own):
             return "planned only: transformers computes this architecture, on the processor alone"
-        refused = refusal(self.asked.config, self.plan)
+        refused = refusal(self.asked.spec, self.asked.config, self.plan)
         return None if refused is None else f"planned only: {refused.message}"
 
     @property

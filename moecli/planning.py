@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint
+from moecli.models import on_device
+from moecli.models.config import ModelSpec
 from moecli.models.outline import Counted
 from offload.errors import OffloadError
 from offload.hardware import Machine
@@ -46,20 +48,27 @@ def plan_model(
     MoecliError for what a card cannot do.
     """
     plan = _proposed(spec, schemes, ctx, config, machine)
-    refused = refusal(config, plan)
+    refused = refusal(spec, config, plan)
     if refused is not None:
         raise refused
     return plan
 
 
-def refusal(config: EngineConfig, plan: MemoryPlan) -> MoecliError | None:
+def refusal(spec: Counted, config: EngineConfig, plan: MemoryPlan) -> MoecliError | None:
     """Why moecli cannot run a plan that fits; None where it can."""
     if plan.on_device and config.kv_dtype == "int8":
         return MoecliError(
             "graphics cards do not read a KV cache in int8 yet",
             "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
         )
-    return None
+    if not isinstance(spec, ModelSpec):
+        return None
+    if spec.latent is not None and config.kv_dtype == "int8":
+        return MoecliError(
+            "the KV cache of this model keeps latents, which moecli does not round to int8",
+            "leave out `--kv-dtype`: latents are small already",
+        )
+    return on_device.refusal(spec) if plan.on_device else None
 
 
 def _proposed(

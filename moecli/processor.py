@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from moecli.experts import OffloadedExperts
 from moecli.gated import Gate
@@ -15,6 +16,7 @@ from moecli.models.attention import Weights
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.facts import ModelFacts
+from moecli.models.moe import expert_biases
 from moecli.models.provider import ExpertProvider
 from moecli.models.text_decoder import SequenceCache, TextDecoder
 from moecli.session import Session
@@ -40,6 +42,16 @@ class ProcessorModel(Protocol):
         """By layer, what stands between an expert's products where that is not SiLU's."""
         ...
 
+    @property
+    def biases(self) -> Mapping[int, Tensor]:
+        """By layer, of experts: fp32 [E, 2 I + H]."""
+        ...
+
+    @property
+    def activation(self) -> str:
+        """Of experts without gates, by its name in quant.ops."""
+        ...
+
     def decoder(self, experts: ExpertProvider, reads_ahead: bool) -> TextDecoder:
         """Called once; `reads_ahead`: what the next layer will choose is worth a guess."""
         ...
@@ -61,6 +73,14 @@ class OwnModel:
     @property
     def gates(self) -> Mapping[int, Gate]:
         return {}
+
+    @property
+    def biases(self) -> Mapping[int, Tensor]:
+        return expert_biases(self.spec, self.weights)
+
+    @property
+    def activation(self) -> str:
+        return self.spec.expert_activation
 
     def decoder(self, experts: ExpertProvider, reads_ahead: bool) -> Decoder:
         return Decoder(
@@ -91,7 +111,10 @@ class ProcessorParts:
         assert plan.device_slots == 0, "a plan for a device"
         arena = HostArena(plan.host_arena_nbytes, plan.slot_nbytes)
         self.manager = ExpertManager(disk, arena, keep=keep, trace=trace)
-        self._experts = OffloadedExperts(self.manager, layout, spec, usage, model.gates)
+        self._experts = OffloadedExperts(
+            *(self.manager, layout, spec, usage),
+            *(model.gates, model.biases, model.activation),
+        )
         self.decoder = model.decoder(self._experts, self._experts.reads_ahead)
         self.tokens: TokenSource = Stepwise(self.decoder, self.begin_step)
         self._model = model

@@ -15,6 +15,7 @@ from quant.checkpoint import Checkpoint
 from quant.errors import QuantError
 from quant.scheme import QuantScheme
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Tensors that need not be taken whole are read in blocks of about this many bytes.
 _BLOCK_NBYTES = 4 << 20
@@ -23,17 +24,21 @@ _TRANSPOSED_ROWS = 256
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A matrix inside a source tensor: tensor[index], then transposed, then rows[a:b]."""
+    """A matrix inside a source tensor: tensor[index], then transposed, then rows[a:b:step]."""
 
     name: str
     index: int | None = None
     transpose: bool = False
     rows: tuple[int, int] | None = None
+    step: int = 1  # 2: every other of these rows
 
 
 @dataclass(frozen=True)
 class ExpertItem:
-    """One routed expert, written as `prefix`.gate_proj.weight_packed and so on."""
+    """One routed expert, written as `prefix`.gate_proj.weight_packed and so on.
+
+    Some families have other names for the three projections.
+    """
 
     layer: int
     expert: int
@@ -41,21 +46,25 @@ class ExpertItem:
     gate: TensorSlice
     up: TensorSlice
     down: TensorSlice
+    names: tuple[str, str, str] = PROJECTIONS  # under which gate, up and down are written
 
     @property
     def projections(self) -> dict[str, TensorSlice]:
-        return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
+        """By our own names, in the order of the bytes."""
+        return dict(zip(PROJECTIONS, (self.gate, self.up, self.down), strict=True))
 
 
 @dataclass(frozen=True)
 class DenseItem:
     """Any other tensor. With a scheme, `name` is that of the Linear (`...q_proj`) and it is
-    quantized; without, `name` is that of the tensor and it is kept (fp32 and fp64 become bf16).
+    quantized; without, `name` is that of the tensor and it is kept (fp32 and fp64 become bf16,
+    unless it is `exact`).
     """
 
     name: str
     source: TensorSlice
     scheme: QuantScheme | None
+    exact: bool = False
 
 
 def shape_of(source: Checkpoint, part: TensorSlice) -> tuple[int, ...]:
@@ -77,7 +86,7 @@ def shape_of(source: Checkpoint, part: TensorSlice) -> tuple[int, ...]:
         start, stop = part.rows
         if not shape or not 0 <= start < stop <= shape[0]:
             raise wrong
-        shape = (stop - start, *shape[1:])
+        shape = (len(range(start, stop, part.step)), *shape[1:])
     return shape
 
 
@@ -125,14 +134,18 @@ class SliceReader:
         for size in shape[1:]:
             row_nbytes *= size
         step = _TRANSPOSED_ROWS if part.transpose else max(1, _BLOCK_NBYTES // max(1, row_nbytes))
+        step *= part.step
         for first in range(start, stop, step):
             last = min(first + step, stop)
+            every = slice(first, last, part.step)
             if part.transpose:
-                yield partial(_transposed, self._hold(part.name, part.index), first, last)
+                yield partial(_transposed, self._hold(part.name, part.index), every)
             elif part.index is not None:
-                yield partial(_rows, self._hold(part.name, part.index), first, last)
-            else:
+                yield partial(_rows, self._hold(part.name, part.index), every)
+            elif part.step == 1:
                 yield partial(self.source.read_rows, part.name, first, last)
+            else:
+                yield partial(_rows, self.source.read_rows(part.name, 0, last), every)
 
     def release(self) -> None:
         self._held = self._tensor = None
@@ -146,10 +159,10 @@ class SliceReader:
         return self._tensor
 
 
-def _rows(matrix: Tensor, first: int, last: int) -> Tensor:
-    return matrix[first:last]
+def _rows(matrix: Tensor, rows: slice) -> Tensor:
+    return matrix[rows]
 
 
-def _transposed(matrix: Tensor, first: int, last: int) -> Tensor:
+def _transposed(matrix: Tensor, rows: slice) -> Tensor:
     """Rows of the transposed: two copies along the grain are faster than one across it."""
-    return matrix[:, first:last].contiguous().t().contiguous()
+    return matrix[:, rows].contiguous().t().contiguous()

@@ -1,6 +1,7 @@
 """Knows every op of this package: schema, shape function, and which backend computes it.
 
-Legend: T tokens, k choices a token, E experts of a layer, H hidden, O out, I in features.
+Legend: T tokens, k choices a token, E experts of a layer, H hidden, O out, I in features, and of
+experts intermediate rows.
 
 `torch.ops.moecli.*` take flat tensors; the functions here are their typed faces. Backends:
 "reference" expands whole weights to fp32; "torch" expands tiles that stay in cache and differs
@@ -53,6 +54,7 @@ class Backend(Protocol):
         activation: str,
         weight_on_input: bool,
         span: Span,
+        biases: Tensor | None = None,
     ) -> Tensor: ...
 
     def add_routed_experts(
@@ -67,6 +69,7 @@ class Backend(Protocol):
         activation: str,
         weight_on_input: bool,
         span: Span,
+        biases: Tensor | None = None,
     ) -> None: ...
 
     def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
@@ -156,6 +159,7 @@ def routed_experts(
     activation: str = "silu",
     weight_on_input: bool = False,
     span: Span | None = None,
+    biases: Tensor | None = None,  # fp32 [E, 2 I + H]: of gate, up and down
 ) -> Tensor:
     """What each choice contributes: fp32 [T, k, H], exact zeros where the expert is not here.
 
@@ -166,9 +170,10 @@ def routed_experts(
 
     The memory behind `addresses` must hold `layout.nbytes` bytes, laid out as the whole expert
     whatever the span is, and stay as it is meanwhile. Of rows outside the span nothing is used.
+    The bias of down contributes with the span that begins at 0.
     """
     result: Tensor = torch.ops.moecli.routed_experts(
-        *(hidden, topk_ids, topk_weights, addresses),
+        *(hidden, topk_ids, topk_weights, addresses, biases),
         *_flat(layout, activation, weight_on_input, span),
     )
     return result
@@ -185,6 +190,7 @@ def add_routed_experts(
     activation: str = "silu",
     weight_on_input: bool = False,
     span: Span | None = None,
+    biases: Tensor | None = None,  # fp32 [E, 2 I + H]
 ) -> None:
     """out += the sum over k of `routed_experts`, in an order that depends on shapes alone.
 
@@ -192,7 +198,7 @@ def add_routed_experts(
     are multiples of 16. Otherwise what `routed_experts` says of them holds.
     """
     torch.ops.moecli.add_routed_experts(
-        *(out, hidden, topk_ids, topk_weights, addresses),
+        *(out, hidden, topk_ids, topk_weights, addresses, biases),
         *_flat(layout, activation, weight_on_input, span),
     )
 
@@ -303,16 +309,22 @@ def _linear_float_shape(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _routed_experts(
-    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, addresses: Tensor, *flat: Any
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    addresses: Tensor,
+    biases: Tensor | None,
+    *flat: Any,
 ) -> Tensor:
     layout, options = _typed(hidden.shape[1], *flat)
+    _check_biases(biases, addresses, layout)
     return _backend(hidden).routed_experts(
-        hidden, topk_ids, topk_weights, addresses, layout, **options
+        hidden, topk_ids, topk_weights, addresses, layout, **options, biases=biases
     )
 
 
 def _routed_experts_shape(
-    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, addresses: Tensor, *flat: Any
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, addresses: Tensor, *rest: Any
 ) -> Tensor:
     shape = (hidden.shape[0], topk_ids.shape[1], hidden.shape[1])
     return hidden.new_empty(shape, dtype=torch.float32)
@@ -324,12 +336,14 @@ def _add_routed_experts(
     topk_ids: Tensor,
     topk_weights: Tensor,
     addresses: Tensor,
+    biases: Tensor | None,
     *flat: Any,
 ) -> None:
     _check_out(out, hidden)
     layout, options = _typed(hidden.shape[1], *flat)
+    _check_biases(biases, addresses, layout)
     _backend(hidden).add_routed_experts(
-        out, hidden, topk_ids, topk_weights, addresses, layout, **options
+        out, hidden, topk_ids, topk_weights, addresses, layout, **options, biases=biases
     )
 
 
@@ -339,7 +353,7 @@ def _add_routed_experts_shape(
     topk_ids: Tensor,
     topk_weights: Tensor,
     addresses: Tensor,
-    *flat: Any,
+    *rest: Any,
 ) -> None:
     _check_out(out, hidden)
 
@@ -351,6 +365,15 @@ def _add_contributions(out: Tensor, contributions: Tensor, topk_ids: Tensor) -> 
 
 def _add_contributions_shape(out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
     _check_out(out, contributions[:, 0])
+
+
+def _check_biases(biases: Tensor | None, addresses: Tensor, layout: ExpertLayout) -> None:
+    if biases is None:
+        return
+    shape = (addresses.numel(), 2 * layout.intermediate_size + layout.hidden_size)
+    assert biases.shape == shape, f"biases {tuple(biases.shape)}, not {shape}"
+    assert biases.dtype == torch.float32, f"biases of {biases.dtype}"
+    assert biases.is_contiguous(), "biases with gaps"
 
 
 def _check_out(out: Tensor, hidden: Tensor) -> None:
@@ -387,7 +410,7 @@ def _typed(
 
 
 _CHOICES = (
-    "Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor addresses, "
+    "Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor addresses, Tensor? biases, "
     "int intermediate_size, int bits, int group_size, str activation, bool weight_on_input, "
     "int begin, int end"
 )

@@ -5,12 +5,14 @@ from typing import Any
 
 from quant.scheme import QuantScheme
 
+EXPERT_TARGETS = (r"re:.*\.experts\..*_proj$",)  # of experts whose linears have the usual names
+
 
 def quantization_config(
     scheme: QuantScheme,
     dense_scheme: QuantScheme | None,
     ignore: Sequence[str],
-    expert_targets: Sequence[str] = (r"re:.*\.experts\..*_proj$",),
+    expert_targets: Sequence[str] = EXPERT_TARGETS,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json: compressed-tensors, `pack-quantized`.
 

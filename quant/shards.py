@@ -174,7 +174,7 @@ def _layout(source: Checkpoint, item: ExpertItem, scheme: QuantScheme) -> Expert
 
 def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) -> list[Unit]:
     units: list[Unit] = []
-    for projection, part in item.projections.items():
+    for (projection, part), written in zip(item.projections.items(), item.names, strict=True):
         shape, expected = matrix_shape(source, part), layout.projections[projection]
         if shape != expected:
             raise QuantError(
@@ -182,7 +182,7 @@ def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) ->
                 f"where {list(expected)} is needed",
                 "the checkpoint and its config do not belong together; download both again",
             )
-        name = f"{item.prefix}.{projection}"
+        name = f"{item.prefix}.{written}"
         unit = Unit(
             _quantized(name, shape, layout.scheme),
             source=part,
@@ -201,7 +201,7 @@ def _expert_units(source: Checkpoint, item: ExpertItem, layout: ExpertLayout) ->
 def _dense_unit(source: Checkpoint, item: DenseItem) -> Unit:
     info, shape = source.info(item.source.name), shape_of(source, item.source)
     unit = Unit(
-        (OutputTensor(item.name, kept_dtype(info.dtype), shape),),
+        (OutputTensor(item.name, info.dtype if item.exact else kept_dtype(info.dtype), shape),),
         source=item.source,
         label=item.name,
         source_nbytes=stored_nbytes(source, item.source),

@@ -86,3 +86,6 @@ class TraceRouter:
         if self._layer_index == self._trace.num_layers - 1:
             position.add_(x.shape[0])
         return chosen, weights
+
+    def guess(self, x: Tensor, count: int) -> Tensor:
+        return self._router.guess(x, count)

@@ -137,13 +137,15 @@ class _Source:
         if self.path is not None:
             from moecli.conversion import quantize_model
 
-            return quantize_model(self.path, out, scheme, dense_scheme, progress.update)
+            return quantize_model(
+                self.path, out, scheme, dense_scheme, progress.update, ui.show_note
+            )
         from moecli.conversion import quantize_from_hub
 
         caller = Caller(ui.show_note)
         return quantize_from_hub(
             *(self.repo_id, self.revision, out, scheme, dense_scheme, caller),
-            *(progress.update, progress.arrived),
+            *(progress.update, progress.arrived, ui.show_note),
         )
 
     def job(
@@ -153,9 +155,12 @@ class _Source:
         from moecli.conversion import hub_job, local_job
 
         if self.path is not None:
-            return local_job(self.path, out, scheme, dense_scheme)
+            return local_job(self.path, out, scheme, dense_scheme, ui.show_note)
         caller = Caller(ui.show_note)
-        return hub_job(self.repo_id, self.revision, out, scheme, dense_scheme, caller)
+        return hub_job(
+            *(self.repo_id, self.revision, out, scheme, dense_scheme, caller),
+            notify=ui.show_note,
+        )
 
 
 def _show_preview(job: "ConversionJob", rate: float | None, as_json: bool) -> None:

@@ -3,15 +3,16 @@
 Legend of the shapes: T tokens, H hidden, D head size, E experts, I intermediate, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
 
-AttentionKind = Literal["full", "chunked"]
+AttentionKind = Literal["full", "chunked", "sliding", "latent"]
 RopeKind = Literal["interleaved", "half"]
 QkNorm = Literal["none", "weighted_before_rope", "weightless_after_rope"]
-RouterKind = Literal["softmax", "sigmoid"]
+RouterKind = Literal["softmax", "sigmoid", "grouped", "softmax_of_chosen"]
+ExpertActivation = Literal["silu", "clamped_swiglu"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,27 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """Pairs that turn less than `slow` times in `original_context` turn `factor` times slower.
+
+    Those that turn more than `fast` times keep their speed; in between the two are blended.
+    """
+
+    factor: float
+    fast: float
+    slow: float
+    original_context: int
+    magnitude: float  # by which turned queries and keys are multiplied
+    whole_pairs: bool = True  # the blend begins and ends at a pair, not between two
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """Which components turn together (neighbours, or one of each half), and how fast."""
 
     kind: RopeKind
     theta: float
-    scaling: RopeScaling | None = None
+    scaling: RopeScaling | YarnScaling | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,42 @@ class TemperatureSpec:
 
     floor: float
     scale: float
+
+
+@dataclass(frozen=True)
+class GroupedRouting:
+    """Experts are chosen by sigmoid and a learned correction, in some groups of them alone."""
+
+    num_groups: int  # of as many experts each; 1: no groups
+    groups_per_token: int
+    scale: float  # by which weights are multiplied in the end
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Keys and values that all heads share as one latent a token, and a part of a key with RoPE."""
+
+    rank: int  # numbers of a latent
+    query_rank: int  # numbers that queries are made of; 0: made of the hidden state itself
+    nope_size: int  # of a head's query and key, without RoPE
+    rope_size: int  # of a head's query, and of the key that all heads share
+    value_size: int  # of a head's value
+    scale: float  # of the scores
+
+    @property
+    def head_size(self) -> int:
+        """Numbers of a head's query, and of its key where that is expanded."""
+        return self.nope_size + self.rope_size
+
+    @property
+    def padded_size(self) -> int:
+        """Numbers of an expanded key or value: attention wants both of one size."""
+        return max(self.head_size, self.value_size)
+
+    @property
+    def kept_size(self) -> int:
+        """Numbers that the KV cache keeps a token."""
+        return self.rank + self.rope_size
 
 
 @dataclass(frozen=True)
@@ -52,11 +104,16 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A tensor outside the routed experts, by our own name; `linear`: fit to be quantized."""
+    """A tensor outside the routed experts, by our own name; `linear`: fit to be quantized.
+
+    `exact`: fp32, wherever its source is. `expanded`: held in fp32, however it is stored.
+    """
 
     name: str
     shape: tuple[int, ...]
     linear: bool = False
+    exact: bool = False
+    expanded: bool = False
 
     @property
     def numel(self) -> int:
@@ -118,6 +175,15 @@ class ModelSpec:
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_context: int
+    grouped_routing: GroupedRouting | None = None  # of the router "grouped"
+    output_bias: bool = True  # where attention has biases, its output projection has one too
+    rotary_size: int | None = None  # components of a head that RoPE turns; None: all
+    window: int | None = None  # tokens that one of a sliding layer sees, its own included
+    sinks: bool = False  # each head of a layer has a score that takes weight and gives no value
+    router_bias: bool = False
+    expert_bias: bool = False  # all three projections of an expert have one
+    expert_activation: ExpertActivation = "silu"
+    latent: LatentSpec | None = None  # of latent layers; None: there are none
     num_vision_params: int = 0  # vision tower and projector of a multimodal checkpoint
     vision: VisionSpec | None = None
 
@@ -155,22 +221,63 @@ class ModelSpec:
 
     def _layer_tensors(self, index: int) -> list[DenseTensor]:
         layer, hidden = self.layers[index], self.hidden_size
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes = {"q_proj": (q_size, hidden), "k_proj": (kv_size, hidden)}
-        shapes |= {"v_proj": (kv_size, hidden), "o_proj": (hidden, q_size)}
+        latent = layer.attention == "latent"
         found = [DenseTensor("input_norm", (hidden,))]
-        found += [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
-        if self.attention_bias:
-            found += [DenseTensor(f"{name}.bias", shape[:1]) for name, shape in shapes.items()]
-        if self.qk_norm == "weighted_before_rope":
-            found += [DenseTensor(name, (self.head_dim,)) for name in ("q_norm", "k_norm")]
+        found += self._latent_tensors() if latent else self._head_tensors()
         found.append(DenseTensor("post_norm", (hidden,)))
         if layer.moe:
             found.append(DenseTensor("router", (self.num_experts, hidden)))
+            if self.router_bias:
+                found.append(DenseTensor("router.bias", (self.num_experts,)))
+            if self.expert_bias:
+                inner = 2 * self.expert_intermediate_size
+                for name, size in (("gate_up_bias", inner), ("down_bias", hidden)):
+                    shape = (self.num_experts, size)
+                    found.append(DenseTensor(f"experts.{name}", shape, expanded=True))
+            if self.grouped_routing is not None:
+                found.append(DenseTensor("router.correction", (self.num_experts,), exact=True))
             found += _mlp_tensors("shared", hidden, self.shared_intermediate_size)
         else:
             found += _mlp_tensors("mlp", hidden, self.dense_intermediate_size)
-        return [DenseTensor(f"layers.{index}.{t.name}", t.shape, t.linear) for t in found]
+        return [replace(tensor, name=f"layers.{index}.{tensor.name}") for tensor in found]
+
+    def _head_tensors(self) -> list[DenseTensor]:
+        hidden = self.hidden_size
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {"q_proj": (q_size, hidden), "k_proj": (kv_size, hidden)}
+        shapes |= {"v_proj": (kv_size, hidden), "o_proj": (hidden, q_size)}
+        found = [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
+        if self.attention_bias:
+            found += [
+                DenseTensor(f"{name}.bias", shape[:1])
+                for name, shape in shapes.items()
+                if name != "o_proj" or self.output_bias
+            ]
+        if self.qk_norm == "weighted_before_rope":
+            found += [DenseTensor(name, (self.head_dim,)) for name in ("q_norm", "k_norm")]
+        if self.sinks:
+            found.append(DenseTensor("sinks", (self.num_heads,)))
+        return found
+
+    def _latent_tensors(self) -> list[DenseTensor]:
+        latent, hidden, heads = self.latent, self.hidden_size, self.num_heads
+        assert latent is not None, "a latent layer of a model without latents"
+        q_size = heads * latent.head_size
+        shapes = {"kv_a_proj": (latent.kept_size, hidden)}
+        shapes |= {"o_proj": (hidden, heads * latent.value_size)}
+        norms = {"kv_a_norm": latent.rank}
+        if latent.query_rank:
+            shapes |= {"q_a_proj": (latent.query_rank, hidden)}
+            norms |= {"q_a_norm": latent.query_rank}
+        found = [DenseTensor(f"{name}.bias", shape[:1]) for name, shape in shapes.items()]
+        found = found if self.attention_bias else []
+        shapes |= {
+            "q_b_proj" if latent.query_rank else "q_proj": (q_size, latent.query_rank or hidden)
+        }
+        found += [DenseTensor(name, shape, linear=True) for name, shape in shapes.items()]
+        kv_b = (heads * (latent.nope_size + latent.value_size), latent.rank)
+        found.append(DenseTensor("kv_b_proj", kv_b, linear=True, expanded=True))
+        return found + [DenseTensor(name, (size,)) for name, size in norms.items()]
 
     @property
     def num_text_params(self) -> int:
@@ -187,22 +294,38 @@ class ModelSpec:
     def num_active_params(self) -> int:
         """Text weights less the experts that one token does not choose; embeddings count."""
         idle = self.num_experts - self.experts_per_token
-        return self.num_text_params - len(self.moe_layers) * idle * self.expert_numel
+        biases = 2 * self.expert_intermediate_size + self.hidden_size if self.expert_bias else 0
+        return self.num_text_params - len(self.moe_layers) * idle * (self.expert_numel + biases)
 
     def kv_capacity(self, layer: int, ctx: int) -> int:
-        """Tokens that `layer` holds at a context of `ctx`: a chunked layer one chunk at most."""
-        if self.layers[layer].attention == "chunked":
+        """Tokens that `layer` holds at a context of `ctx`: one chunk, or one window, at most."""
+        kind = self.layers[layer].attention
+        if kind == "chunked":
             assert self.chunk_size is not None, "a chunked layer without a chunk size"
             return min(ctx, self.chunk_size)
+        if kind == "sliding":
+            assert self.window is not None, "a sliding layer without a window"
+            return min(ctx, self.window)
         return ctx
 
-    def kv_nbytes(self, ctx: int, itemsize: int, scale_itemsize: int = 0) -> int:
-        """Bytes of keys and values of one sequence of `ctx` tokens, `itemsize` bytes a number.
+    def kv_shape(self, layer: int) -> tuple[int, int, int]:
+        """What `layer` keeps of a token: how many kinds of vectors, heads of each, their size."""
+        if self.layers[layer].attention == "latent":
+            assert self.latent is not None, "a latent layer of a model without latents"
+            return 1, 1, self.latent.kept_size
+        return 2, self.num_kv_heads, self.head_dim  # keys and values
 
-        `scale_itemsize`: bytes that each token takes besides, for every head's key and value.
+    def kv_nbytes(self, ctx: int, itemsize: int, scale_itemsize: int = 0) -> int:
+        """Bytes of the KV cache of one sequence of `ctx` tokens, `itemsize` bytes a number.
+
+        `scale_itemsize`: bytes that each vector takes besides.
         """
-        held = sum(self.kv_capacity(layer, ctx) for layer in range(self.num_layers))
-        return 2 * self.num_kv_heads * (self.head_dim * itemsize + scale_itemsize) * held
+        total = 0
+        for layer in range(self.num_layers):
+            kinds, heads, size = self.kv_shape(layer)
+            vectors = kinds * heads * self.kv_capacity(layer, ctx)
+            total += vectors * (size * itemsize + scale_itemsize)
+        return total
 
 
 def _mlp_tensors(prefix: str, hidden: int, intermediate: int) -> list[DenseTensor]:

@@ -16,6 +16,7 @@ from moecli.models.config import ModelSpec
 from moecli.models.device_step import DeviceStep
 from moecli.models.few_tokens import FewTokens
 from moecli.models.fused import add_rms_norm, gather_rows, rms_norm
+from moecli.models.latent import LatentAttention
 from moecli.models.moe import Mlp, MoeBlock
 from moecli.models.provider import ExpertProvider
 from quant.kernels.cpu.library import Library
@@ -47,8 +48,8 @@ class Lookahead:
         """hidden [T, H]; tells the provider of experts."""
         if hidden.shape[0] not in self.tokens:
             return
-        logits = linear(rms_norm(hidden, self.norm, self.eps), self.block.router.weight)  # [T, E]
-        self.tell(logits.topk(self.guesses, dim=-1).indices)
+        normed = rms_norm(hidden, self.norm, self.eps)
+        self.tell(self.block.router.guess(normed, self.guesses))
 
     def tell(self, topk_ids: Tensor) -> None:
         """The provider, what will probably be chosen, [T, guesses]."""
@@ -70,7 +71,8 @@ class DecoderLayer:
         self.eps = spec.rms_norm_eps
         self.input_norm = dense(weights, prefix + "input_norm").to(dtype)
         self.post_norm = dense(weights, prefix + "post_norm").to(dtype)
-        self.attention = Attention(spec, layer, weights, dtype)
+        kind = LatentAttention if spec.layers[layer].attention == "latent" else Attention
+        self.attention = kind(spec, layer, weights, dtype)
         self.mlp: Mlp | MoeBlock = (
             MoeBlock(spec, layer, weights, experts)
             if spec.layers[layer].moe

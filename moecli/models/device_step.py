@@ -4,12 +4,17 @@ Everything here is an operation of the device with shapes that never change: cap
 graph, a step is right at every position. Legend: N query heads, K key heads, D head size.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from moecli.kv_cache import KvCache
 from moecli.models.attention import Heads, Positions
 from moecli.models.fused import decode_attention, rotate_and_store
+
+if TYPE_CHECKING:
+    from moecli.models.latent import LatentHeads
 
 SPLIT_SLOTS = 256  # least slots a split of attention is worth having for
 _SPLITS_A_UNIT = 2  # programs of attention for each multiprocessor of the device
@@ -47,6 +52,8 @@ class DeviceStep:
 
     def attend(self, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, N, D], k and v [1, K, D] -> [1, N * D]."""
+        assert heads.window is None, "a window in a step on a device"
+        assert heads.sinks is None, "attention sinks in a step on a device"
         keys_values = self._cache.storage(heads.layer)  # [2, K, C, D]
         length = self._ring_length if self._cache.is_ring(heads.layer) else self._length
         queries = rotate_and_store(
@@ -65,3 +72,7 @@ class DeviceStep:
         _, kv_heads, capacity, _ = keys_values.shape
         splits = num_splits(capacity, kv_heads, q.device)
         return decode_attention(queries, keys_values, length, splits, q.dtype)
+
+    def attend_latents(self, heads: "LatentHeads", queries: Tensor, latents: Tensor) -> Tensor:
+        """There is no kernel for it yet; a plan refuses before a step could."""
+        raise AssertionError("attention over latents in a step on a device")

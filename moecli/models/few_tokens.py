@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecli.kv_cache import KvCache
-from moecli.models.attention import BatchStep
+from moecli.models.attention import Attention, BatchStep
 from moecli.models.batch import SequenceSlice
 from moecli.models.moe import Mlp, MoeBlock, Router
 from quant.kernels.cpu import few
@@ -39,7 +39,7 @@ class FewTokens:
 
     @classmethod
     def of(cls, library: Library, layers: Sequence["DecoderLayer"]) -> "FewTokens | None":
-        """None where a weight is of a kind that the compiled calls cannot read."""
+        """None where there is something that the compiled calls do not know, or cannot read."""
         calls = [FewTokensLayer.of(library, index, layer) for index, layer in enumerate(layers)]
         found = [call for call in calls if call is not None]
         return cls(library, found) if len(found) == len(calls) else None
@@ -193,7 +193,10 @@ def _arguments(weights: Sequence[Any]) -> list[few.WeightArgument] | None:
 
 
 def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | None:
-    attention, heads = layer.attention, layer.attention.heads
+    attention = layer.attention
+    if not isinstance(attention, Attention):  # over latents: there is no such call
+        return None
+    heads = attention.heads
     pairs = zip(attention.projections, attention.biases, strict=True)
     weights = [few.weight_argument(weight, bias) for weight, bias in pairs]
     q, k, v, o = weights
@@ -203,6 +206,8 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
         found.append(_fill_router(guess, layer.lookahead.block.router))
         guess.top_k = layer.lookahead.guesses
     if q is None or k is None or v is None or o is None or not all(found):
+        return None
+    if heads.partial or heads.window is not None or heads.sinks is not None:
         return None
     if not few.share_input((q, k, v)):
         return None
@@ -220,9 +225,9 @@ def _layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | No
 
 
 def _fill_router(argument: few.RouterArgument, router: object) -> bool:
-    """False where it is a stand-in for one, or its weight of a kind that cannot be read."""
+    """False where it is a stand-in for one, of a kind that is not compiled, or its weight is."""
     weight = few.weight_argument(router.weight) if isinstance(router, Router) else None
-    if not isinstance(router, Router) or weight is None:
+    if not isinstance(router, Router) or weight is None or router.kind not in few.ROUTERS:
         return False
     argument.weight, argument.top_k = weight, router.top_k
     argument.sigmoid, argument.normalize = router.kind == "sigmoid", router.normalize

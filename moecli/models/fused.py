@@ -58,8 +58,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def choose_experts(logits: Tensor, top_k: int, kind: str, normalize: bool) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> ids int64 [T, k], the most wanted first, and weights [T, k] in their dtype.
 
-    `kind` makes numbers weights: "sigmoid" of each, or "softmax" of all. `normalize`: those of a
-    token add up to 1.
+    `kind` makes numbers weights: "sigmoid" of each, "softmax" of all, or "softmax_of_chosen", which
+    kernels do not know. `normalize`: those of a token add up to 1.
     """
     result: tuple[Tensor, Tensor] = torch.ops.moecli.choose_experts(logits, top_k, kind, normalize)
     return result
@@ -82,9 +82,10 @@ def rotate_and_store(
 
     Gives the queries [1, N, D] in the dtype of the cache.
     """
-    result: Tensor = torch.ops.moecli.rotate_and_store(
-        q, k, v, turns, temperature, norm_weight, rope, norm, eps, length, keys_values
-    )
+    rules = (turns, temperature, norm_weight, rope, norm, eps)
+    if rope != "none" and 2 * turns.shape[-1] < q.shape[-1]:  # which the kernel does not know
+        return _rotate_and_store(q, k, v, *rules, length, keys_values)
+    result: Tensor = torch.ops.moecli.rotate_and_store(q, k, v, *rules, length, keys_values)
     return result
 
 
@@ -110,7 +111,10 @@ def gather_rows(address: Tensor, ids: Tensor, hidden_size: int, dtype: torch.dty
 
 
 def rotate(x: Tensor, turns: Tensor, rope: str) -> Tensor:
-    """x [T, heads, D] turned by unit complex numbers [T, D / 2], computed in fp32."""
+    """x [T, heads, D], its first R components turned by complex numbers [T, R / 2], in fp32."""
+    size = 2 * turns.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], turns, rope), x[..., size:]), dim=-1)
     y = x.float()
     if rope == "interleaved":
         pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
@@ -123,7 +127,7 @@ def rotate(x: Tensor, turns: Tensor, rope: str) -> Tensor:
 def position_heads(
     q: Tensor,  # [T, N, D]
     k: Tensor,  # [T, K, D]
-    turns: Tensor,  # complex64 [T, D / 2]
+    turns: Tensor,  # complex64 [T, R / 2]
     temperature: Tensor | None,  # fp32 [T, 1, 1], of the queries
     norm_weight: Tensor | None,  # [N + K, D]
     rope: str,  # "interleaved", "half" or "none"
@@ -175,9 +179,10 @@ def _silu_mul_shape(gate: Tensor, up: Tensor) -> Tensor:
 def _choose_experts(
     logits: Tensor, top_k: int, kind: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    if kind == "sigmoid":
+    if kind in ("sigmoid", "softmax_of_chosen"):
         chosen, ids = logits.topk(top_k, dim=-1)
-        weights = chosen.float().sigmoid()
+        chosen = chosen.float()
+        weights = chosen.sigmoid() if kind == "sigmoid" else chosen.softmax(dim=-1)
     else:
         weights, ids = logits.float().softmax(dim=-1).topk(top_k, dim=-1)
     if normalize:

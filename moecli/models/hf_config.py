@@ -8,18 +8,19 @@ from typing import Any
 
 from moecli.errors import MoecliError
 from moecli.models.config import (
-    AttentionKind,
     LayerSpec,
     ModelSpec,
-    RopeKind,
-    RopeScaling,
-    RopeSpec,
     TemperatureSpec,
     VisionSpec,
 )
-from moecli.models.hf_fields import CONFIG_HINT, Fields
+from moecli.models.hf_deepseek import deepseek_v2, deepseek_v3
+from moecli.models.hf_families import FAMILY_READERS
+from moecli.models.hf_fields import CONFIG_HINT, Fields, attention_kind, common_of, rope_of
 
-_SUPPORTED_HINT = "supported: llama4 (Scout, Maverick and their like) and qwen3_moe"
+_SUPPORTED_HINT = (
+    "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe, gpt_oss, "
+    "deepseek_v3, deepseek_v2 (Lite)"
+)
 BITSANDBYTES = "bitsandbytes"
 
 
@@ -97,51 +98,6 @@ def _check(spec: ModelSpec) -> None:
         )
 
 
-def _rope(fields: Fields, kind: RopeKind) -> RopeSpec:
-    """transformers 5 stores `rope_parameters`; before, `rope_theta` and `rope_scaling`."""
-    new = fields.get("rope_parameters", dict, {})
-    scaling = Fields(new or fields.get("rope_scaling", dict, {}), "the RoPE part of config.json")
-    owner = scaling if new.get("rope_theta") is not None else fields
-    theta = owner.get("rope_theta", float)
-    rope_type = scaling.get("rope_type", str, scaling.get("type", str, "default"))
-    if rope_type == "default":
-        return RopeSpec(kind, theta)
-    if rope_type != "llama3":
-        raise MoecliError(f"RoPE scaling `{rope_type}` is not supported", "supported: `llama3`")
-    return RopeSpec(
-        kind,
-        theta,
-        RopeScaling(
-            factor=scaling.get("factor", float),
-            low=scaling.get("low_freq_factor", float),
-            high=scaling.get("high_freq_factor", float),
-            original_context=scaling.size("original_max_position_embeddings"),
-        ),
-    )
-
-
-def _require_silu(fields: Fields) -> None:
-    activation = fields.get("hidden_act", str)
-    if activation != "silu":
-        raise MoecliError(f"`hidden_act` `{activation}` is not supported", "supported: `silu`")
-
-
-def _common(fields: Fields) -> dict[str, Any]:
-    """What all families call by the same name."""
-    _require_silu(fields)
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    return {
-        "vocab_size": fields.size("vocab_size"),
-        "hidden_size": hidden,
-        "num_heads": heads,
-        "num_kv_heads": fields.size("num_key_value_heads"),
-        "experts_per_token": fields.size("num_experts_per_tok"),
-        "rms_norm_eps": fields.get("rms_norm_eps", float),
-        "attention_bias": fields.flag("attention_bias", False),
-        "max_context": fields.size("max_position_embeddings"),
-    }
-
-
 def _llama4(architecture: str, top: Fields) -> ModelSpec:
     fields = top.section("text_config") if "text_config" in top.values else top
     count = fields.size("num_hidden_layers")
@@ -155,7 +111,7 @@ def _llama4(architecture: str, top: Fields) -> ModelSpec:
     all_moe = all(layer.moe for layer in layers)
     intermediate = fields.size("intermediate_size")
     return ModelSpec(
-        **_common(fields),
+        **common_of(fields),
         architecture=architecture,
         family="llama4",
         head_dim=fields.size("head_dim", 128),
@@ -167,7 +123,7 @@ def _llama4(architecture: str, top: Fields) -> ModelSpec:
         router="sigmoid",
         normalize_topk=False,
         weight_on_input=True,
-        rope=_rope(fields, "interleaved"),
+        rope=rope_of(fields, "interleaved"),
         qk_norm="weightless_after_rope" if fields.flag("use_qk_norm", True) else "none",
         chunk_size=fields.size("attention_chunk_size") if chunked else None,
         temperature=temperature,
@@ -194,18 +150,8 @@ def _llama4_layers(fields: Fields, count: int) -> tuple[LayerSpec, ...]:
     step = fields.size("interleave_moe_layer_step", 1)
     moe = fields.get("moe_layers", list, list(range(step - 1, count, step)))
     return tuple(
-        LayerSpec(_attention_kind(fields, kinds[i]), bool(rope[i]), i in moe) for i in range(count)
-    )
-
-
-def _attention_kind(fields: Fields, name: Any) -> AttentionKind:
-    if name == "full_attention":
-        return "full"
-    if name == "chunked_attention":
-        return "chunked"
-    raise MoecliError(
-        f"layer type `{name}` in {fields.where} is not supported",
-        "supported: `full_attention`, `chunked_attention`",
+        LayerSpec(attention_kind(fields, kinds[i], "chunked"), bool(rope[i]), i in moe)
+        for i in range(count)
     )
 
 
@@ -252,7 +198,7 @@ def _qwen3_moe(architecture: str, fields: Fields) -> ModelSpec:
             "moecli does not know the sliding window that `use_sliding_window` asks for",
             "no released Qwen3-MoE uses it",
         )
-    count, common = fields.size("num_hidden_layers"), _common(fields)
+    count, common = fields.size("num_hidden_layers"), common_of(fields)
     step = fields.size("decoder_sparse_step", 1)
     dense = fields.get("mlp_only_layers", list, [])
     moe = [i not in dense and (i + 1) % step == 0 for i in range(count)]
@@ -270,7 +216,7 @@ def _qwen3_moe(architecture: str, fields: Fields) -> ModelSpec:
         router="softmax",
         normalize_topk=fields.flag("norm_topk_prob", False),
         weight_on_input=False,
-        rope=_rope(fields, "half"),
+        rope=rope_of(fields, "half"),
         qk_norm="weighted_before_rope",
         chunk_size=None,
         temperature=None,
@@ -282,11 +228,19 @@ _READERS: dict[str, Callable[[str, Fields], ModelSpec]] = {
     "Llama4ForConditionalGeneration": _llama4,
     "Llama4ForCausalLM": _llama4,
     "Qwen3MoeForCausalLM": _qwen3_moe,
+    **FAMILY_READERS,
+    "DeepseekV2ForCausalLM": deepseek_v2,
+    "DeepseekV3ForCausalLM": deepseek_v3,
 }
 _BY_MODEL_TYPE = {
     "llama4": "Llama4ForConditionalGeneration",
     "llama4_text": "Llama4ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 
 
@@ -309,3 +263,11 @@ def source_scheme(config: Mapping[str, Any]) -> str | None:
         return f"{BITSANDBYTES} llm-int8"
     doubly = ", double quantization" if quantization.get("bnb_4bit_use_double_quant") else ""
     return f"{BITSANDBYTES} {quantization.get('bnb_4bit_quant_type', 'fp4')}{doubly}"
+
+
+def without_prediction(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model less its layers that predict later tokens than the next.
+
+    It says that there are none: libraries expect some where it says nothing.
+    """
+    return {**config, "num_nextn_predict_layers": 0}

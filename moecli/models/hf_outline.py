@@ -44,36 +44,6 @@ def _attention(
     ]
 
 
-def _latent_attention(fields: Fields) -> list[DenseTensor]:
-    """Queries, keys and values that come from latents of low rank (MLA)."""
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    kv_rank, rope = fields.size("kv_lora_rank"), fields.size("qk_rope_head_dim")
-    nope, value = fields.size("qk_nope_head_dim"), fields.size("v_head_dim")
-    rank = fields.get("q_lora_rank", int, 0)
-    queries = _tensor("q_proj", heads * (nope + rope), hidden)
-    if rank:
-        queries = [
-            *_tensor("q_a_proj", rank, hidden),
-            DenseTensor("q_a_norm", (rank,)),
-            *_tensor("q_b_proj", heads * (nope + rope), rank),
-        ]
-    return [
-        *queries,
-        *_tensor("kv_a_proj", kv_rank + rope, hidden),
-        DenseTensor("kv_a_norm", (kv_rank,)),
-        *_tensor("kv_b_proj", heads * (nope + value), kv_rank),
-        *_tensor("o_proj", hidden, heads * value),
-    ]
-
-
-def _mlp(prefix: str, hidden: int, intermediate: int) -> list[DenseTensor]:
-    return [
-        *_tensor(f"{prefix}.gate_proj", intermediate, hidden),
-        *_tensor(f"{prefix}.up_proj", intermediate, hidden),
-        *_tensor(f"{prefix}.down_proj", hidden, intermediate),
-    ]
-
-
 def _layer(
     fields: Fields,
     attention: list[DenseTensor],
@@ -111,11 +81,6 @@ def _keys_and_values(fields: Fields, head_dim: int) -> tuple[int, int]:
     return 2 * heads * head_dim, 2 * heads
 
 
-def _router(fields: Fields, experts: int, bias: bool = False) -> list[DenseTensor]:
-    found = [DenseTensor("router", (experts, fields.size("hidden_size")))]
-    return [*found, DenseTensor("router.bias", (experts,))] if bias else found
-
-
 def _llama(architecture: str, fields: Fields) -> Outline:
     """A dense model."""
     head_dim = _head_dim(fields)
@@ -135,110 +100,6 @@ def _llama(architecture: str, fields: Fields) -> Outline:
     )
 
 
-def _mixtral(architecture: str, fields: Fields) -> Outline:
-    head_dim, experts = _head_dim(fields), fields.size("num_local_experts")
-    layer = _layer(
-        fields,
-        _attention(fields, head_dim=head_dim),
-        _router(fields, experts),
-        moe=True,
-        kv=_keys_and_values(fields, head_dim),
-        window=fields.get("sliding_window", int, 0) or None,
-    )
-    return Outline(
-        **_common(fields, head_dim),
-        architecture=architecture,
-        layers=(layer,) * fields.size("num_hidden_layers"),
-        num_experts=experts,
-        experts_per_token=fields.size("num_experts_per_tok"),
-        expert_intermediate_size=fields.size("intermediate_size"),
-        shared_intermediate_size=0,
-        dense_intermediate_size=0,
-    )
-
-
-def _gpt_oss(architecture: str, fields: Fields) -> Outline:
-    """Every second layer sees a window only; heads have a sink, experts and router biases."""
-    head_dim, experts = _head_dim(fields), fields.size("num_local_experts")
-    count, window = fields.size("num_hidden_layers"), fields.size("sliding_window")
-    bias = fields.flag("attention_bias", True)
-    attention = _attention(fields, head_dim=head_dim, bias=bias, o_bias=bias)
-    attention.append(DenseTensor("sinks", (fields.size("num_attention_heads"),)))
-    kinds = fields.get("layer_types", list, [])
-    kinds = kinds or ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
-    layers = tuple(
-        _layer(
-            fields,
-            attention,
-            _router(fields, experts, bias=True),
-            moe=True,
-            kv=_keys_and_values(fields, head_dim),
-            window=window if kind == "sliding_attention" else None,
-        )
-        for kind in kinds[:count]
-    )
-    return Outline(
-        **_common(fields, head_dim),
-        architecture=architecture,
-        layers=layers,
-        num_experts=experts,
-        experts_per_token=fields.size("num_experts_per_tok"),
-        expert_intermediate_size=fields.size("intermediate_size"),
-        shared_intermediate_size=0,
-        dense_intermediate_size=0,
-        expert_bias=True,
-    )
-
-
-def _leading_dense(
-    architecture: str,
-    fields: Fields,
-    head_dim: int,
-    attention: list[DenseTensor],
-    kv: tuple[int, int],
-) -> Outline:
-    """The first layers have no experts, all others routed and shared ones."""
-    hidden, experts = fields.size("hidden_size"), fields.size("n_routed_experts")
-    dense = fields.get("first_k_dense_replace", int, 0)
-    inner, count = fields.size("moe_intermediate_size"), fields.size("num_hidden_layers")
-    shared = inner * fields.get("n_shared_experts", int, 0)
-    mlp = _mlp("mlp", hidden, fields.size("intermediate_size"))
-    routed = _router(fields, experts) + (_mlp("shared", hidden, shared) if shared else [])
-    plain = _layer(fields, attention, mlp, moe=False, kv=kv)
-    moe = _layer(fields, attention, routed, moe=True, kv=kv)
-    return Outline(
-        **_common(fields, head_dim),
-        architecture=architecture,
-        layers=(plain,) * min(dense, count) + (moe,) * max(0, count - dense),
-        num_experts=experts,
-        experts_per_token=fields.size("num_experts_per_tok"),
-        expert_intermediate_size=inner,
-        shared_intermediate_size=shared,
-        dense_intermediate_size=fields.size("intermediate_size") if dense else 0,
-    )
-
-
-def _deepseek_v3(architecture: str, fields: Fields) -> Outline:
-    """A token leaves one latent a layer and one key with RoPE, whatever the number of heads."""
-    kv_rank, rope = fields.size("kv_lora_rank"), fields.size("qk_rope_head_dim")
-    head_dim = fields.size("qk_nope_head_dim") + rope
-    attention = _latent_attention(fields)
-    return _leading_dense(architecture, fields, head_dim, attention, (kv_rank + rope, 2))
-
-
-def _glm4_moe(architecture: str, fields: Fields) -> Outline:
-    head_dim = _head_dim(fields)
-    attention = _attention(fields, head_dim=head_dim, bias=fields.flag("attention_bias", False))
-    if fields.flag("use_qk_norm", False):
-        attention += [DenseTensor(name, (head_dim,)) for name in ("q_norm", "k_norm")]
-    kv = _keys_and_values(fields, head_dim)
-    return _leading_dense(architecture, fields, head_dim, attention, kv)
-
-
 _READERS: dict[str, Callable[[str, Fields], Outline]] = {
     "LlamaForCausalLM": _llama,
-    "MixtralForCausalLM": _mixtral,
-    "GptOssForCausalLM": _gpt_oss,
-    "DeepseekV3ForCausalLM": _deepseek_v3,
-    "Glm4MoeForCausalLM": _glm4_moe,
 }

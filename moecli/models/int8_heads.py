@@ -37,11 +37,13 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / divisors).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8), scales
 
 
-def attend_one(queries: Tensor, keys: Int8Heads, values: Int8Heads) -> Tensor:
+def attend_one(
+    queries: Tensor, keys: Int8Heads, values: Int8Heads, sinks: Tensor | None = None
+) -> Tensor:
     """Attention of the last of L tokens, scaled by D^-0.5, without expanding the cache as a whole.
 
     A scale belongs to a token, so it is multiplied into the score, or the weight, of that token.
-    Shapes: queries [1, N, D], returns [1, N * D].
+    Shapes: queries [1, N, D], sinks fp32 [N], returns [1, N * D].
     """
     kv_heads, length, size = keys.numbers.shape
     grouped = queries.view(kv_heads, -1, size)  # [K, N / K, D]
@@ -51,7 +53,12 @@ def attend_one(queries: Tensor, keys: Int8Heads, values: Int8Heads) -> Tensor:
         [grouped @ keys.numbers[:, block].to(dtype).transpose(1, 2) for block in blocks], dim=-1
     )  # [K, N / K, L]
     scores = scores.float() * (keys.scales.float() * size**-0.5)[:, None]
-    weights = (scores.softmax(dim=-1) * values.scales.float()[:, None]).to(dtype)
+    if sinks is None:
+        shares = scores.softmax(dim=-1)
+    else:
+        with_sinks = torch.cat((scores, sinks.view(kv_heads, -1, 1)), dim=-1)
+        shares = with_sinks.softmax(dim=-1)[..., :length]
+    weights = (shares * values.scales.float()[:, None]).to(dtype)
     out = torch.zeros(grouped.shape, dtype=torch.float32)
     for block in blocks:
         out += weights[..., block] @ values.numbers[:, block].to(dtype)

@@ -3,16 +3,18 @@
 Legend of the shapes: T tokens, H hidden, E experts, k experts a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moecli.models.attention import Weight, Weights
+from moecli.models.attention import Weight, Weights, dense
 from moecli.models.config import ModelSpec
 from moecli.models.fused import choose_experts, silu_mul
 from moecli.models.provider import ExpertProvider, Ready
+from moecli.models.routing import choose_grouped
+from quant.kernels.experts import ACTIVATIONS, expert_bias
 from quant.ops import linear
 
 FloatExpert = tuple[Tensor, Tensor, Tensor]  # gate [I, H], up [I, H], down [H, I]
@@ -40,6 +42,8 @@ class Routing(Protocol):
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def guess(self, x: Tensor, count: int) -> Tensor: ...
+
 
 class Router:
     """Which experts a token goes to, and how much they count."""
@@ -49,11 +53,36 @@ class Router:
         self.top_k = spec.experts_per_token
         self.normalize = spec.normalize_topk
         self.weight = weights(f"layers.{layer}.router")  # [E, H]
+        self.bias: Tensor | None = None  # [E]
+        if spec.router_bias:
+            self.bias = dense(weights, f"layers.{layer}.router.bias")
+        self.grouped = spec.grouped_routing
+        self.correction: Tensor | None = None  # fp32 [E]
+        if self.grouped is not None:
+            self.correction = dense(weights, f"layers.{layer}.router.correction").float()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> topk_ids [T, k] int64, topk_weights [T, k] in x.dtype."""
-        logits = linear(x, self.weight)  # [T, E]
-        return choose_experts(logits, self.top_k, self.kind, self.normalize)
+        if self.grouped is None:
+            return choose_experts(self._logits(x), self.top_k, self.kind, self.normalize)
+        assert self.correction is not None, "a grouped router without its correction"
+        logits = linear(x.float(), self.weight)
+        ids, weights = choose_grouped(
+            logits, self.correction, self.top_k, self.grouped, self.normalize
+        )
+        return ids, weights.to(x.dtype)
+
+    def guess(self, x: Tensor, count: int) -> Tensor:
+        """The `count` experts [T, count] that x [T, H] would probably choose."""
+        logits = self._logits(x)
+        if self.correction is not None:
+            logits = logits.float().sigmoid() + self.correction
+        return logits.topk(count, dim=-1).indices
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[T, E]"""
+        logits = linear(x, self.weight)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
 
 class MoeBlock:
@@ -78,13 +107,38 @@ class MoeBlock:
         return shared + pending.result()
 
 
+def expert_biases(spec: ModelSpec, weights: Weights) -> dict[int, Tensor]:
+    """By layer, fp32 [E, 2 I + H]: the biases of each expert's gate, up and down, in this order.
+
+    Stored are those of gate and up as pairs, neighbours. Empty where experts have none.
+    """
+    if not spec.expert_bias:
+        return {}
+    found = {}
+    for layer in spec.moe_layers:
+        names = (f"layers.{layer}.experts.{name}_bias" for name in ("gate_up", "down"))
+        gate_up, down = (dense(weights, name).float() for name in names)
+        found[layer] = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2], down), dim=1).contiguous()
+    return found
+
+
 class FloatExperts:
     """The provider without offloading: float weights, kept wherever `load` has them."""
 
-    def __init__(self, spec: ModelSpec, load: Callable[[int, int], FloatExpert]) -> None:
-        """`load(layer, expert)` is asked anew each time an expert is needed."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        load: Callable[[int, int], FloatExpert],
+        biases: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """`load(layer, expert)` is asked anew each time an expert is needed.
+
+        `biases`: as `expert_biases` gives them.
+        """
         self.load = load
+        self.biases = biases or {}
         self.weight_on_input = spec.weight_on_input
+        self.activation = ACTIVATIONS[spec.expert_activation]
 
     def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
         """[T, H], computed at once."""
@@ -93,10 +147,21 @@ class FloatExperts:
             tokens, choices = torch.where(topk_ids == expert)
             x, weight = hidden[tokens], topk_weights[tokens, choices, None]
             if self.weight_on_input:
-                out[tokens, choices] = gated_mlp(x * weight, *self.load(layer, expert))
+                out[tokens, choices] = self._expert(x * weight, layer, expert)
             else:
-                out[tokens, choices] = gated_mlp(x, *self.load(layer, expert)) * weight
+                out[tokens, choices] = self._expert(x, layer, expert) * weight
         return Ready(out.sum(dim=1))
+
+    def _expert(self, x: Tensor, layer: int, expert: int) -> Tensor:
+        """x [n, H] -> [n, H]"""
+        gate, up, down = self.load(layer, expert)
+        gates, ups = linear(x, gate), linear(x, up)  # [n, I]
+        inner = gates.shape[1]
+        bias = expert_bias(self.biases.get(layer), expert, inner, (0, inner))
+        if bias is None:
+            return linear(self.activation(gates, ups), down)
+        out = linear(self.activation(gates + bias[0], ups + bias[1]), down)
+        return out if bias[2] is None else out + bias[2]
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """Nothing to fetch."""

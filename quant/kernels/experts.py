@@ -14,7 +14,35 @@ from torch import Tensor
 from quant.layout import ExpertLayout, ExpertWeights
 from quant.tensor import QuantizedWeight
 
-ACTIVATIONS = {"silu": torch.nn.functional.silu}
+Bias = tuple[Tensor, Tensor, Tensor | None]  # of gate and up, and of down where it is added
+
+
+def _silu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """That of gpt-oss: both are cut off at 7, and the product with up has one more of its gate."""
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return (up + 1) * gate * (gate * SWIGLU_ALPHA).sigmoid()
+
+
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+ACTIVATIONS = {"silu": _silu, "clamped_swiglu": _clamped_swiglu}  # of gate and up
+
+
+def expert_bias(
+    biases: Tensor | None, expert: int, inner: int, span: tuple[int, int]
+) -> Bias | None:
+    """What is added to the three products of an expert over `span` of its `inner` rows.
+
+    That of down belongs to the span that begins with the first row, so that spans add up.
+    """
+    if biases is None:
+        return None
+    gate, up, down = biases[expert].split((inner, inner, biases.shape[1] - 2 * inner))
+    rows = slice(*span)
+    return gate[rows], up[rows], down if span[0] == 0 else None
 
 
 @dataclass(frozen=True)
@@ -44,6 +72,7 @@ class TorchBackend:
         activation: str,
         weight_on_input: bool,
         span: tuple[int, int],
+        biases: Tensor | None = None,  # fp32 [E, 2 I + H]
     ) -> Tensor:
         """fp32 [T, k, H]"""
         num_tokens, hidden_size = hidden.shape
@@ -59,10 +88,11 @@ class TorchBackend:
             rows, row_weights = x[chosen // num_choices], weights[chosen]  # [n, H], [n, 1]
             blob = memory_at(where[expert], layout.nbytes, x.device)
             expert_weights = layout.views(blob).part(*span)
+            bias = expert_bias(biases, expert, layout.intermediate_size, span)
             if weight_on_input:
-                result = self._expert(rows * row_weights, expert_weights, activation)
+                result = self._expert(rows * row_weights, expert_weights, activation, bias)
             else:
-                result = self._expert(rows, expert_weights, activation).mul_(row_weights)
+                result = self._expert(rows, expert_weights, activation, bias).mul_(row_weights)
             out[chosen] = result
         return out.view(num_tokens, num_choices, hidden_size)
 
@@ -73,11 +103,16 @@ class TorchBackend:
     def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
         out += contributions.sum(dim=1)
 
-    def _expert(self, x: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
+    def _expert(
+        self, x: Tensor, weights: ExpertWeights, activation: str, bias: Bias | None
+    ) -> Tensor:
         """x fp32 [n, H] -> fp32 [n, H]"""
         multiply = self.multiply_quantized
         gate, up = multiply(x, weights.gate), multiply(x, weights.up)  # [n, intermediate]
-        return multiply(ACTIVATIONS[activation](gate).mul_(up), weights.down)
+        if bias is not None:
+            gate, up = gate + bias[0], up + bias[1]
+        out = multiply(ACTIVATIONS[activation](gate, up), weights.down)
+        return out if bias is None or bias[2] is None else out + bias[2]
 
 
 def memory_at(address: int, nbytes: int, device: torch.device) -> Tensor:

@@ -229,7 +229,9 @@ class FakeResult:
     seconds: float = 12.3
 
 
-def fake_quantize_model(source: Path, out: Path, scheme: Any, dense: Any, progress: Any) -> Any:
+def fake_quantize_model(
+    source: Path, out: Path, scheme: Any, dense: Any, progress: Any, notify: Any = None
+) -> Any:
     """Writes a directory that the store takes for a model; FAKE_INTERRUPT stops it halfway."""
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(exist_ok=True)

@@ -7,102 +7,35 @@ import pytest
 import torch
 
 from moecli.errors import MoecliError
-from moecli.models.attention import inverse_frequencies
-from moecli.models.config import LayerSpec, ModelSpec, RopeScaling, RopeSpec, TemperatureSpec
-from tests.models.tiny_models import oracle
+from moecli.models.config import (
+    GroupedRouting,
+    LayerSpec,
+    ModelSpec,
+    RopeScaling,
+    RopeSpec,
+    TemperatureSpec,
+    YarnScaling,
+)
+from moecli.models.rope import inverse_frequencies, magnitude
+from tests.models.released import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    GLM_4_5_AIR,
+    GPT_OSS_20B,
+    GPT_OSS_120B,
+    MAVERICK,
+    MIXTRAL,
+    MOONLIGHT,
+    QWEN3,
+    SCOUT,
+    SCOUT_TEXT,
+)
+from tests.models.tiny_models import num_weights, oracle
 
-SCOUT_TEXT = {
-    "attention_bias": False,
-    "attention_chunk_size": 8192,
-    "attn_scale": 0.1,
-    "attn_temperature_tuning": True,
-    "floor_scale": 8192,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 5120,
-    "interleave_moe_layer_step": 1,
-    "intermediate_size": 8192,
-    "intermediate_size_mlp": 16384,
-    "max_position_embeddings": 10485760,
-    "model_type": "llama4_text",
-    "no_rope_layers": [],
-    "num_attention_heads": 40,
-    "num_experts_per_tok": 1,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 8,
-    "num_local_experts": 16,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 16.0,
-        "high_freq_factor": 1.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "use_qk_norm": True,
-    "vocab_size": 202048,
-}
-SCOUT = {
-    "architectures": ["Llama4ForConditionalGeneration"],
-    "model_type": "llama4",
-    "tie_word_embeddings": False,
-    "text_config": SCOUT_TEXT,
-    "vision_config": {
-        "hidden_size": 1408,
-        "image_size": 336,
-        "intermediate_size": 5632,
-        "model_type": "llama4_vision_model",
-        "num_attention_heads": 16,
-        "num_channels": 3,
-        "num_hidden_layers": 34,
-        "patch_size": 14,
-        "pixel_shuffle_ratio": 0.5,
-        "projector_input_dim": 4096,
-        "projector_output_dim": 4096,
-        "vision_output_dim": 4096,
-    },
-}
-MAVERICK_TEXT = {
-    key: value
-    for key, value in SCOUT_TEXT.items()
-    if key not in ("attn_temperature_tuning", "attn_scale", "floor_scale", "rope_scaling")
-} | {
-    "interleave_moe_layer_step": 2,
-    "max_position_embeddings": 1048576,
-    "num_local_experts": 128,
-    "rope_scaling": None,
-    "use_qk_norm": False,
-}
-MAVERICK = SCOUT | {"text_config": MAVERICK_TEXT}
-QWEN3 = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3}
+RELEASED = {"scout": SCOUT, "maverick": MAVERICK, "qwen3": QWEN3, "mixtral": MIXTRAL}
+RELEASED |= {"glm4": GLM_4_5_AIR, "gpt-oss-20b": GPT_OSS_20B}
+RELEASED |= {"deepseek-v3": DEEPSEEK_V3, "moonlight": MOONLIGHT}
+RELEASED["deepseek-v2-lite"] = DEEPSEEK_V2_LITE
 
 
 def changed(config, **changes):
@@ -151,6 +84,88 @@ def test_qwen3_30b_a3b():
     assert set(spec.layers) == {LayerSpec("full", rope=True, moe=True)}
 
 
+def test_mixtral_8x7b():
+    spec = ModelSpec.from_hf(MIXTRAL)
+    assert spec.num_params == 46_702_792_704
+    assert round(spec.num_active_params / 1e8) == 129
+    assert spec.router == "softmax"
+    assert spec.normalize_topk
+    assert spec.qk_norm == "none"
+    assert set(spec.layers) == {LayerSpec("full", rope=True, moe=True)}
+
+
+def test_glm_4_5_air():
+    spec = ModelSpec.from_hf(GLM_4_5_AIR)
+    assert spec.num_params == 106_852_251_264
+    assert [layer.moe for layer in spec.layers] == [False] + [True] * 45
+    assert spec.rotary_size == 64
+    assert spec.grouped_routing == GroupedRouting(1, 1, 1.0)
+    assert "layers.0.q_proj.bias" in [tensor.name for tensor in spec.dense_tensors]
+    assert "layers.0.o_proj.bias" not in [tensor.name for tensor in spec.dense_tensors]
+    assert next(t.name for t in spec.dense_tensors if t.exact) == "layers.1.router.correction"
+
+
+def test_gpt_oss():
+    spec = ModelSpec.from_hf(GPT_OSS_20B)
+    assert spec.num_params == 20_914_757_184
+    assert round(spec.num_active_params / 1e8) == 42
+    assert spec.layers[0] == LayerSpec("sliding", rope=True, moe=True)
+    assert spec.layers[1] == LayerSpec("full", rope=True, moe=True)
+    assert spec.rope == RopeSpec(
+        "half", 150000.0, YarnScaling(32.0, 32.0, 1.0, 4096, 0.1 * math.log(32) + 1, False)
+    )
+    assert spec.window == 128
+    larger = ModelSpec.from_hf(GPT_OSS_120B)
+    assert larger.num_params == 116_829_156_672
+    assert round(larger.num_active_params / 1e8) == 57
+
+
+def test_kv_cache_of_gpt_oss_half_of_which_is_bounded():
+    """2 KiB a token and layer; twelve layers hold 128 tokens whatever the context is."""
+    spec = ModelSpec.from_hf(GPT_OSS_20B)
+    for ctx in (128, 4096, 131072):
+        assert spec.kv_nbytes(ctx, 2) == 2048 * 12 * (ctx + 128)
+
+
+def test_deepseek_v3():
+    spec = ModelSpec.from_hf(DEEPSEEK_V3)
+    assert spec.num_params == 671_026_419_200, "the published 671B, less what guesses later tokens"
+    assert round(spec.num_active_params / 1e9) == 38
+    assert spec.moe_layers == tuple(range(3, 61))
+    assert set(spec.layers[3:]) == {LayerSpec("latent", rope=True, moe=True)}
+    latent = spec.latent
+    assert (latent.rank, latent.query_rank, latent.kept_size) == (512, 1536, 576)
+    assert (latent.head_size, latent.value_size, spec.rotary_size) == (192, 128, 64)
+    assert spec.grouped_routing == GroupedRouting(8, 4, 2.5)
+    stretched = 0.1 * math.log(40) + 1
+    assert latent.scale == pytest.approx(192**-0.5 * stretched**2)
+    assert spec.rope == RopeSpec("interleaved", 10000.0, YarnScaling(40.0, 32.0, 1.0, 4096, 1.0))
+
+
+def test_moonlight_16b_a3b():
+    """An eighth of the heads of DeepSeek-V3, no YaRN, no latents of queries."""
+    spec = ModelSpec.from_hf(MOONLIGHT)
+    assert round(spec.num_params / 1e7) == 1596
+    assert spec.latent.query_rank == 0
+    assert spec.latent.scale == 192**-0.5
+    assert spec.shared_intermediate_size == 2816
+
+
+def test_deepseek_v2_lite():
+    spec = ModelSpec.from_hf(DEEPSEEK_V2_LITE)
+    assert round(spec.num_params / 1e8) == 157
+    assert spec.router == "softmax"
+    assert spec.grouped_routing is None
+    assert not spec.normalize_topk
+
+
+def test_kv_cache_of_deepseek_v3_is_one_latent_a_token_and_layer():
+    """1.2% of what its 128 heads' keys and values would take."""
+    spec = ModelSpec.from_hf(DEEPSEEK_V3)
+    assert spec.kv_nbytes(4096, 2) == 61 * 4096 * 576 * 2
+    assert spec.kv_nbytes(163840, 2) == 40 * spec.kv_nbytes(4096, 2)
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_parameters_equal_transformers_on_the_meta_device(name):
     import transformers
@@ -160,9 +175,11 @@ def test_parameters_equal_transformers_on_the_meta_device(name):
     for part in filter(None, [config.get("text_config"), config.get("vision_config"), config]):
         if "num_hidden_layers" in part:
             part["num_hidden_layers"] = 4
+            if "layer_types" in part:
+                part["layer_types"] = part["layer_types"][:4]
     with torch.device("meta"):
         model = kind(kind.config_class(**json.loads(json.dumps(config))))
-    assert ModelSpec.from_hf(config).num_params == sum(p.numel() for p in model.parameters())
+    assert ModelSpec.from_hf(config).num_params == num_weights(model)
 
 
 def test_kv_cache_of_scout():
@@ -202,14 +219,42 @@ def test_scaled_frequencies(factors):
     """The blend is 0/0 where low equals high; wavelengths beyond the border are divided."""
     low, high = factors
     context = low * 2 * math.pi * 1024  # so that the pair of frequency 1/1024 turns `low` times
-    plain = inverse_frequencies(RopeSpec("half", 2.0**40), head_dim=16)
+    plain = inverse_frequencies(RopeSpec("half", 2.0**40), size=16)
     scaling = RopeScaling(16.0, low, high, context)
-    found = inverse_frequencies(RopeSpec("half", 2.0**40, scaling), head_dim=16)
+    found = inverse_frequencies(RopeSpec("half", 2.0**40, scaling), size=16)
     turns = context * plain / (2 * math.pi)
     assert low in turns, "nothing lies on the border"
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found[turns < low], plain[turns < low] / 16)
     torch.testing.assert_close(found[turns >= high], plain[turns >= high])
+
+
+YARN = {"factor": 8.0, "original_max_position_embeddings": 128}
+YARN_VARIANTS = {
+    "defaults": {},
+    "no_factor": {"factor": None},
+    "deepseek_v3": {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "mscales_differ": {"mscale": 0.7, "mscale_all_dim": 1.3},
+    "one_mscale": {"mscale": 0.7},
+    "given_factor": {"attention_factor": 1.25},
+    "gpt_oss": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    "one_pair": {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    "no_stretch": {"factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", YARN_VARIANTS)
+def test_yarn_is_that_of_transformers(name):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "yarn", **YARN, **YARN_VARIANTS[name]}
+    model = oracle("qwen3_moe", head_dim=32, max_position_embeddings=1024)
+    model.config.rope_parameters = {"rope_theta": 10000.0, **scaling}
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](model.config)
+    config = changed(QWEN3, rope_theta=10000.0, max_position_embeddings=1024, rope_scaling=scaling)
+    rope = ModelSpec.from_hf(config).rope
+    torch.testing.assert_close(inverse_frequencies(rope, 32), frequencies)
+    assert magnitude(rope) == pytest.approx(factor)
 
 
 REFUSED = {
@@ -231,10 +276,39 @@ REFUSED = {
     "fraction": (changed(SCOUT, hidden_size=5120.5), "`hidden_size`.*should be"),
     "zero": (changed(QWEN3, num_hidden_layers=0), "`num_hidden_layers`.*at least 1"),
     "flag for a size": (changed(QWEN3, vocab_size=True), "`vocab_size`.*should be"),
-    "yarn": (changed(QWEN3, rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    "yarn": (
+        changed(QWEN3, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        "`original_max_position_embeddings` is missing",
+    ),
+    "longrope": (changed(QWEN3, rope_scaling={"rope_type": "longrope"}), "longrope"),
     "scaling factor missing": (changed(SCOUT, rope_scaling={"type": "llama3"}), "`factor`"),
     "activation": (changed(QWEN3, hidden_act="gelu"), "gelu"),
     "sliding": (changed(QWEN3, use_sliding_window=True), "use_sliding_window"),
+    "another activation": (changed(GPT_OSS_20B, swiglu_limit=6.0), "swiglu_limit"),
+    "chunks in gpt-oss": (
+        changed(GPT_OSS_20B, layer_types=["chunked_attention"] * 24),
+        "chunked_attention.* not supported",
+    ),
+    "few layer types": (changed(GPT_OSS_20B, layer_types=["full_attention"]), "1 entries for 24"),
+    "windows in llama4": (
+        changed(SCOUT, layer_types=["sliding_attention"] * 48),
+        "sliding_attention.* not supported",
+    ),
+    "groups of experts": (changed(GLM_4_5_AIR, n_group=3), "n_group"),
+    "more groups than there are": (changed(GLM_4_5_AIR, n_group=2, topk_group=3), "topk_group"),
+    "groups of one": (changed(GLM_4_5_AIR, n_group=128), "n_group"),
+    "an odd part turns": (changed(GLM_4_5_AIR, partial_rotary_factor=0.01), "partial_rotary"),
+    "odd rope": (changed(DEEPSEEK_V3, qk_rope_head_dim=63), "`qk_rope_head_dim`.*even"),
+    "rank missing": (changed(DEEPSEEK_V3, kv_lora_rank=None), "`kv_lora_rank` is missing"),
+    "scores": (changed(DEEPSEEK_V3, scoring_func="softmax"), "`scoring_func` `softmax`"),
+    "choice": (changed(DEEPSEEK_V3, topk_method="greedy"), "`topk_method` `greedy`"),
+    "some layers": (changed(DEEPSEEK_V3, moe_layer_freq=2), "`moe_layer_freq` `2`"),
+    "V2's groups": (
+        changed(DEEPSEEK_V2_LITE, topk_method="group_limited_greedy"),
+        "`topk_method` `group_limited_greedy`",
+    ),
+    "V2's factor": (changed(DEEPSEEK_V2_LITE, routed_scaling_factor=16.0), "routed_scaling"),
+    "V2 normalised": (changed(DEEPSEEK_V2_LITE, norm_topk_prob=True), "norm_topk_prob"),
     "short list": (changed(SCOUT, no_rope_layers=[1, 0]), "no_rope_layers.*2 entries"),
     "layer type": (changed(SCOUT, layer_types=["mamba"] * 48), "mamba"),
     "head groups": (changed(QWEN3, num_key_value_heads=5), "no multiple"),

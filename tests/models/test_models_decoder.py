@@ -7,55 +7,20 @@ import torch
 
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch, SequenceSlice
+from moecli.models.few_tokens import FewTokens
+from quant.ops import compiled
+from tests.models.families import BORDER, FAMILIES, LENGTH, VARIANTS
 from tests.models.tiny_models import (
     decoder_of,
     expected_logits,
     logits_in_steps,
+    num_weights,
     oracle,
     spec_of,
     tokens,
 )
 
 TOLERANCE = 1e-5
-LENGTH = 45  # five chunks of 8 and a rest
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LLAMA4_VARIANTS = {
-    "plain": {},
-    "no_qk_norm": {"use_qk_norm": False},
-    "maverick": {"interleave_moe_layer_step": 2, "use_qk_norm": False},
-    "explicit_moe_layers": {"moe_layers": [0, 3]},
-    "no_tuning": {"attn_temperature_tuning": False},
-    "rope_layers": {"no_rope_layers": [0, 1, 0, 1]},
-    "no_rope_layers_empty": {"no_rope_layers": []},
-    "all_full": {"layer_types": ["full_attention"] * 4},
-    "tied": {"tie_word_embeddings": True},
-    "bias": {"attention_bias": True},
-    "top2": {"num_experts_per_tok": 2},
-    "llama3": {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-    "llama3_low_equals_high": {
-        "rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 1.0}
-    },
-    "chunk_of_5_one_kv_head": {"attention_chunk_size": 5, "num_key_value_heads": 1},
-    "chunk_beyond_length": {"attention_chunk_size": 64, "num_key_value_heads": 4},
-}
-QWEN3_VARIANTS = {
-    "plain": {},
-    "norm_topk": {"norm_topk_prob": True},
-    "sparse_step": {"decoder_sparse_step": 2},
-    "mlp_only": {"mlp_only_layers": [0, 2]},
-    "bias": {"attention_bias": True},
-    "tied": {"tie_word_embeddings": True},
-    "no_head_groups": {"num_key_value_heads": 4},
-    "llama3": {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-}
-VARIANTS = [("llama4", name) for name in LLAMA4_VARIANTS]
-VARIANTS += [("qwen3_moe", name) for name in QWEN3_VARIANTS]
 STEPS = {
     "at_once": [LENGTH],
     "one_by_one": [1] * LENGTH,
@@ -66,8 +31,7 @@ STEPS = {
 
 @functools.cache
 def case(family, name):
-    variants = LLAMA4_VARIANTS if family == "llama4" else QWEN3_VARIANTS
-    model, ids = oracle(family, **variants[name]), tokens(LENGTH)
+    model, ids = oracle(family, **FAMILIES[family].variants[name]), tokens(LENGTH)
     return decoder_of(model), ids, expected_logits(model, ids)
 
 
@@ -102,7 +66,7 @@ def test_the_library_masks_absolute_chunks():
     assert torch.equal(mask[0, 0] == 0, (j <= i) & (i // 8 == j // 8))
 
 
-@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ragged_batch(family):
     """Three sequences at different positions: some prefill, one decodes, in the same forward."""
     model = oracle(family)
@@ -122,6 +86,38 @@ def test_ragged_batch(family):
         assert difference(torch.cat(got[s]), expected_logits(model, ids[s])) <= TOLERANCE
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_is_that_of_transformers_token_by_token(family):
+    """Across the borders of chunks and windows; three prompts together, each at its own length."""
+    model = oracle(family)
+    decoder = decoder_of(model)
+    sequences = [tokens(n, seed=n) for n in (3, 14, 7)]
+    caches = [KvCache(decoder.spec, 60, torch.float32) for _ in sequences]
+    new = sequences
+    for _ in range(12):
+        pieces = [
+            SequenceSlice(cache, cache.length, len(ids))
+            for cache, ids in zip(caches, new, strict=True)
+        ]
+        new = list(decoder.forward(Batch(torch.cat(new), tuple(pieces))).argmax(-1, keepdim=True))
+        sequences = [torch.cat(pair) for pair in zip(sequences, new, strict=True)]
+    for found, prompt in zip(sequences, (3, 14, 7), strict=True):
+        expected = expected_logits(model, found[:-1])[prompt - 1 :].argmax(-1)
+        assert found[prompt:].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_families_have_compiled_steps_of_few_tokens(family):
+    """What the registry says: the others take the plain way, which is right too."""
+    library = compiled()
+    if library is None:
+        pytest.skip("there is no compiler here")
+    for changes in FAMILIES[family].variants.values():
+        few = FewTokens.of(library, decoder_of(oracle(family, **changes)).layers)
+        windows = "sliding_window" in changes
+        assert (few is not None) == (FAMILIES[family].compiled and not windows)
+
+
 def test_logits_of_each_sequence_s_last_token_only():
     decoder, ids, expected = case("llama4", "plain")
     caches = [KvCache(decoder.spec, LENGTH, torch.float32) for _ in range(2)]
@@ -132,7 +128,7 @@ def test_logits_of_each_sequence_s_last_token_only():
 
 
 @pytest.mark.parametrize("keep", [0, 3, 16, 19, 24, 36, 40, 41, 44, 45])
-@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_truncate_and_go_on(family, keep):
     """Another continuation after `truncate` sees nothing of what was forgotten."""
     model = oracle(family)
@@ -141,10 +137,12 @@ def test_truncate_and_go_on(family, keep):
     logits_in_steps(decoder, ids, [30, 15], cache)
     kept = cache.truncate(keep)
     assert kept <= keep
-    if family == "qwen3_moe" or keep >= 40:  # the rings hold the chunk that begins at 40
+    if FAMILIES[family].sliding:  # the window before the last token but one is overwritten
+        assert kept == (keep if keep >= LENGTH - 1 else 0)
+    elif not FAMILIES[family].chunked or keep >= 40:  # the rings hold the chunk that begins at 40
         assert kept == keep
     else:
-        assert kept == keep - keep % 8
+        assert kept == keep - keep % BORDER
     other = torch.cat((ids[:kept], tokens(12, seed=9)))
     found = logits_in_steps(decoder, other[kept:], [5, 1, 6], cache)
     assert difference(found, expected_logits(model, other)[kept:]) <= TOLERANCE
@@ -238,6 +236,5 @@ def test_bfloat16_stays_near_float32():
 
 def test_parameter_count_equals_transformers():
     for family, name in VARIANTS:
-        variants = LLAMA4_VARIANTS if family == "llama4" else QWEN3_VARIANTS
-        model = oracle(family, **variants[name])
-        assert spec_of(model).num_params == sum(p.numel() for p in model.parameters()), name
+        model = oracle(family, **FAMILIES[family].variants[name])
+        assert spec_of(model).num_params == num_weights(model), name

@@ -19,7 +19,7 @@ from moecli.models.device_step import num_splits
 from moecli.models.moe import FloatExperts
 from moecli.models.provider import Ready
 from tests.graphs import SimulatedGraph
-from tests.models.tiny_models import decoder_of, logits_in_steps, oracle, tokens
+from tests.models.tiny_models import decoder_of, logits_in_steps, oracle, spec_of, tokens
 
 TOLERANCE = 1e-5
 LENGTH = 21  # two chunks of 8 and a rest
@@ -46,11 +46,17 @@ VARIANTS = {
         {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 5},
     ),
     "qwen3_short": ("qwen3_moe", {"num_hidden_layers": 2}),
+    "mixtral": ("mixtral", {}),
+    "glm4": ("glm4_moe", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
+    "glm4_short": ("glm4_moe", {"num_hidden_layers": 2}),
 }
 # The interpreter of the kernels is slow: 50 ms a layer and token.
 CASES = [(name, "reference", range(LENGTH)) for name in VARIANTS]
 CASES += [("llama4_odd", "triton", range(3, 7)), ("qwen3_short", "triton", range(4))]
-CAPTURES = [(name, "reference", at, LENGTH) for name in ("llama4", "qwen3") for at in (0, 3, 7, 8)]
+CASES += [("glm4_short", "triton", range(4))]
+CAPTURES = [
+    (name, "reference", at, LENGTH) for name in ("llama4", "qwen3", "glm4") for at in (0, 3, 7, 8)
+]
 CAPTURES += [("llama4_short", "triton", 4, 12), ("qwen3_short", "triton", 6, 9)]
 
 
@@ -84,7 +90,7 @@ class StackedExperts:
 def decoder(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
     family, changes = VARIANTS[name]
     model = oracle(family, **changes)
-    num_experts = 4 if family == "llama4" else 6
+    num_experts = spec_of(model).num_experts
     found = decoder_of(model, dtype, wrap=lambda experts: StackedExperts(experts, num_experts))
     for layer in found.spec.moe_layers:
         found.layers[layer].mlp.experts.stack(layer)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch, SequenceSlice
 from moecli.models.config import LayerSpec, ModelSpec
-from tests.models.test_models_config import SCOUT
+from tests.models.released import SCOUT
 
 CHUNK = 8
 SPEC = replace(
@@ -125,3 +125,69 @@ def test_misuse_is_caught():
         Batch(torch.zeros(2), (SequenceSlice(cache, 0, 1), SequenceSlice(cache, 0, 1)))
     with pytest.raises(AssertionError, match="3 tokens, slices 1"):
         Batch(torch.zeros(3), (SequenceSlice(cache, 0, 1),))
+
+
+WINDOW = 5
+SLIDING = replace(SPEC, layers=(LayerSpec("sliding", True, True),), chunk_size=None, window=WINDOW)
+
+
+def write_sliding(cache, positions):
+    """Store a run of tokens whose keys say where they are, and check what each may see."""
+    start, count = positions[0], len(positions)
+    cache.begin(start, count)
+    keys = torch.tensor(positions, dtype=torch.float32)[:, None, None].expand(count, 2, 4)
+    for first, last, seen, values in cache.append(0, start, keys, -keys):
+        assert torch.equal(values, -seen)
+        found, end = seen[0, :, 0].tolist(), start + last
+        if last - first == 1:
+            assert sorted(found) == list(range(max(0, end - WINDOW), end))
+        else:
+            assert found == list(range(max(0, start + first - WINDOW + 1), end))
+    cache.commit()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), min_size=1, max_size=12))
+def test_any_history_shows_every_token_its_own_window(history):
+    """Random writes and truncations; `write_sliding` asserts what each token sees."""
+    cache = KvCache(SLIDING, 64, torch.float32)
+    for forget, number in history:
+        if forget:
+            wanted = min(number, cache.length)
+            assert cache.truncate(wanted) in (wanted, 0)
+        elif count := min(number, 64 - cache.length):
+            write_sliding(cache, range(cache.length, cache.length + count))
+
+
+@pytest.mark.parametrize(
+    ("length", "keep", "kept"),
+    [
+        (20, 20, 20),
+        (20, 19, 19),  # what the last token overwrote, the next one does not see
+        (20, 18, 0),
+        (5, 2, 2),  # nothing was overwritten yet
+        (6, 5, 5),
+        (6, 4, 0),
+        (20, 0, 0),
+    ],
+)
+def test_truncate_a_window(length, keep, kept):
+    cache = KvCache(SLIDING, 32, torch.float32)
+    write_sliding(cache, range(length))
+    assert cache.truncate(keep) == kept
+    write_sliding(cache, range(kept, kept + 7))
+
+
+def test_a_window_s_memory_does_not_grow_with_the_context():
+    for ctx in (1, 4, 5, 6, 1000):
+        cache = KvCache(SLIDING, ctx, torch.float32)
+        assert cache.nbytes == SLIDING.kv_nbytes(ctx, 4) == 2 * 2 * 4 * 4 * min(ctx, WINDOW)
+
+
+def test_a_step_of_several_tokens_that_dies_costs_a_window():
+    cache = KvCache(SLIDING, 32, torch.float32)
+    write_sliding(cache, range(9))
+    cache.begin(9, 1)
+    assert cache.length == 9
+    cache.begin(9, 2)
+    assert cache.length == 0

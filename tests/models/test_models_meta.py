@@ -4,18 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_models_config import MAVERICK, QWEN3, SCOUT, SCOUT_TEXT, changed
+from test_models_config import changed
 
 from moecli.models.config import ModelSpec
 from moecli.models.naming import plan_conversion
 from quant.scheme import QuantScheme
+from tests.models.families import FAMILIES
+from tests.models.released import MAVERICK, QWEN3, SCOUT_TEXT
+from tests.models.tiny_models import num_weights, stored_tensors
 
 TEXT_ONLY = SCOUT_TEXT | {"architectures": ["Llama4ForCausalLM"]}
 CONFIGS = {
-    "scout": SCOUT,
+    **{name: config for family in FAMILIES.values() for name, config in family.released.items()},
     "scout-text": TEXT_ONLY,
-    "maverick": MAVERICK,
-    "qwen3": QWEN3,
     "qwen3-tied": QWEN3 | {"tie_word_embeddings": True, "attention_bias": True},
     "qwen3-mixed": QWEN3 | {"mlp_only_layers": [0, 5], "decoder_sparse_step": 2},
     "maverick-every-third": changed(MAVERICK, interleave_moe_layer_step=3),
@@ -40,13 +41,13 @@ def pair(request: pytest.FixtureRequest) -> tuple[ModelSpec, torch.nn.Module]:
 
 def test_parameters_are_those_of_the_library(pair: tuple[ModelSpec, torch.nn.Module]) -> None:
     spec, model = pair
-    assert spec.num_params == sum(parameter.numel() for parameter in model.parameters())
+    assert spec.num_params == num_weights(model)
 
 
 def test_every_tensor_has_its_place(pair: tuple[ModelSpec, torch.nn.Module]) -> None:
     """A conversion takes each tensor of the library's model once, by its full-size shape."""
     spec, model = pair
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
     conversion = plan_conversion(spec, shapes, QuantScheme(8, 128))
     experts = {part.name for item in conversion.experts for part in item.projections.values()}
     dense = [item.source.name for item in conversion.dense]

@@ -8,64 +8,45 @@ from torch import Tensor
 from moecli.kv_cache import KvCache
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Batch, Decoder
-from moecli.models.moe import FloatExperts
+from moecli.models.moe import FloatExperts, expert_biases
 from moecli.models.naming import dense_loader, plan_conversion
 from moecli.models.provider import ExpertProvider
-
-LLAMA4 = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "intermediate_size_mlp": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_local_experts": 4,
-    "attention_chunk_size": 8,
-    "floor_scale": 4,
-    "attn_scale": 0.5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-}
-QWEN3_MOE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-}
+from tests.models.families import FAMILIES
 
 
 def oracle(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A model of transformers with weights so large that logits and routing are far from flat."""
     import transformers
 
-    if family == "llama4":
-        config = transformers.Llama4TextConfig(**(LLAMA4 | changes))
-        kind = transformers.Llama4ForCausalLM
-    else:
-        config = transformers.Qwen3MoeConfig(**(QWEN3_MOE | changes))
-        kind = transformers.Qwen3MoeForCausalLM
-    model = kind(config).float().eval()
+    known = FAMILIES[family]
+    config = getattr(transformers, known.config)(**(known.sizes | changes))
+    model = getattr(transformers, known.model)(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("norm.weight"):
             parameter.data = 1 + 0.3 * noise
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             parameter.data = 0.3 * noise
         else:
             fan_in = parameter.shape[1] if "experts" in name else parameter.shape[-1]
             scale = 0.5 if "embed" in name or "lm_head" in name else 1.0
             parameter.data = scale * noise * fan_in**-0.5
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):  # as large as what it corrects
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.tie_weights()
     return model
+
+
+def stored_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What counts as weights: parameters, and the one kind of buffer that checkpoints hold."""
+    corrections = {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    return dict(model.named_parameters()) | corrections
+
+
+def num_weights(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in stored_tensors(model).values())
 
 
 def spec_of(model: torch.nn.Module) -> ModelSpec:
@@ -93,14 +74,15 @@ def decoder_of(
         tensor = tensors[part.name]
         tensor = tensor if part.index is None else tensor[part.index]
         tensor = tensor.T if part.transpose else tensor
-        return tensor if part.rows is None else tensor[slice(*part.rows)]
+        return tensor if part.rows is None else tensor[slice(*part.rows, part.step)]
 
     def load(layer: int, expert: int) -> tuple[Tensor, ...]:
         item = experts[layer, expert]
         return slice_of(item.gate), slice_of(item.up), slice_of(item.down)
 
     weights = dense_loader(spec, tensors, tensors.__getitem__)
-    return Decoder(spec, weights, wrap(FloatExperts(spec, load)), dtype, guesses)
+    experts_of_floats = FloatExperts(spec, load, expert_biases(spec, weights))
+    return Decoder(spec, weights, wrap(experts_of_floats), dtype, guesses)
 
 
 def tokens(count: int, seed: int = 1) -> Tensor:

@@ -4,15 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from moecli.config import EngineConfig
+from moecli.config import SIMULATED, EngineConfig
 from moecli.errors import MoecliError
-from moecli.footprint import model_footprint
+from moecli.footprint import model_footprint, tensor_nbytes
 from moecli.models.config import ModelSpec
 from moecli.planning import plan_model
 from offload.errors import OffloadError
 from offload.hardware import Machine
 from quant.scheme import QuantScheme
 from tests.e2e.tiny import llama4_config
+from tests.models.released import DEEPSEEK_V3
 
 MIB = 1 << 20
 SPEC = ModelSpec.from_hf(llama4_config() | {"vocab_size": 65_536})  # dense weights matter
@@ -79,3 +80,31 @@ def test_a_smaller_scheme_is_proposed_for_a_card_only() -> None:
     with pytest.raises(OffloadError, match="of RAM are too little") as caught:
         plan_model(SPEC, SCHEMES, 64, EngineConfig(device="cpu", ram_nbytes=short), CARD)
     assert "nf4" not in (caught.value.hint or "")
+
+
+LATENT = ModelSpec.from_hf(DEEPSEEK_V3 | {"num_hidden_layers": 4, "n_routed_experts": 16})
+
+
+def test_attention_over_latents_is_refused_where_a_card_is_to_compute() -> None:
+    roomy = replace(RAM, ram_available=1 << 34)
+    for config in (EngineConfig(vram_nbytes=1 << 33), EngineConfig(device=SIMULATED)):
+        with pytest.raises(MoecliError, match=r"latents on a graphics card.*deepseek_v3") as caught:
+            plan_model(LATENT, SCHEMES, 64, replace(config, vram_nbytes=1 << 33), roomy)
+        assert "`--device cpu`" in (caught.value.hint or "")
+    config = EngineConfig(device="cpu")
+    assert not plan_model(LATENT, SCHEMES, 64, config, roomy).on_device
+    with pytest.raises(MoecliError, match=r"latents.*int8") as caught:
+        plan_model(LATENT, SCHEMES, 64, replace(config, kv_dtype="int8"), roomy)
+    assert "`--kv-dtype`" in (caught.value.hint or "")
+
+
+def test_the_matrix_that_is_absorbed_is_planned_for_as_it_is_held() -> None:
+    """In fp32 whatever it is stored in; all others as they are stored."""
+    halves = 4 * LATENT.num_heads * (LATENT.latent.nope_size + LATENT.latent.value_size)
+    numel = halves * LATENT.latent.rank
+    for scheme, nbytes in ((None, 2 * numel), (QuantScheme(8, 128), numel + numel // 64)):
+        found = model_footprint(LATENT, QuantScheme(4, 32), scheme, 64, 512)
+        assert found.kv_nbytes == 4 * 64 * 576 * 2
+        plain = [replace(tensor, expanded=False) for tensor in LATENT.dense_tensors]
+        stored = sum(tensor_nbytes(tensor, scheme) for tensor in plain)
+        assert found.dense_nbytes + found.embedding_nbytes == stored - nbytes + 4 * numel

@@ -193,9 +193,11 @@ def test_schemas_and_shape_functions() -> None:
     check(torch.ops.moecli.linear_float.default, (x, random(16, 64).bfloat16()))
     experts = experts_of(QuantScheme())
     ids, weights = torch.tensor([[0, 3], [1, 3]]), torch.ones(2, 2)
-    call = (random(2, 128), ids, weights, experts.addresses(), 256, 4, 32, "silu", True, 64, 256)
-    check(torch.ops.moecli.routed_experts.default, call)
-    check(torch.ops.moecli.add_routed_experts.default, (random(2, 128), *call))
+    flat = (256, 4, 32, "silu", True, 64, 256)
+    for biases in (None, random(experts.num_experts, 2 * 256 + 128)):
+        call = (random(2, 128), ids, weights, experts.addresses(), biases, *flat)
+        check(torch.ops.moecli.routed_experts.default, call)
+        check(torch.ops.moecli.add_routed_experts.default, (random(2, 128), *call))
 
 
 def test_scratch_survives_inference_mode() -> None:

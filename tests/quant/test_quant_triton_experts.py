@@ -196,7 +196,7 @@ def test_schema_and_shape_function() -> None:
     flat = (64, 4, 32, "silu", True, 32, 64)
     torch.library.opcheck(
         torch.ops.moecli.add_routed_experts.default,
-        (torch.ones(1, 64, device=DEVICE), *call.arguments[:4], *flat),
+        (torch.ones(1, 64, device=DEVICE), *call.arguments[:4], None, *flat),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -27,6 +27,8 @@ class LibraryModel:
         self._names, self._read = dense_names(names, spec.modules), read
         self._model = build(spec.config)
         self.gates = gates(self._model, spec.modules)
+        self.biases: Mapping[int, Tensor] = {}  # families with some are our own decoder's
+        self.activation = "silu"
 
     def decoder(self, experts: ExpertProvider, reads_ahead: bool) -> HfDecoder:
         """Called once. What the library computes tells nobody of the next layer's experts."""

@@ -17,7 +17,7 @@ from quant.kernels.cpu.library import Library, LinearArgument, MoeArgument, libr
 from quant.layout import ExpertLayout
 from quant.tensor import QuantizedWeight
 
-_ACTIVATIONS = {"silu": 0}  # `Activation` of src/types.h
+_ACTIVATIONS = {"silu": 0, "clamped_swiglu": 1}  # `Activation` of src/types.h
 _FLOAT_TOKENS = 16  # up to so many, float weights are read as they are; BLAS wins beyond
 
 
@@ -70,11 +70,21 @@ class CpuBackend:
         activation: str,
         weight_on_input: bool,
         span: tuple[int, int],
+        biases: Tensor | None = None,
     ) -> Tensor:
         out = torch.zeros(*topk_ids.shape, hidden.shape[1])  # [T, k, H]
         self._experts(
-            *(hidden, topk_ids, topk_weights, addresses, layout),
-            *(activation, weight_on_input, span, out, None),
+            hidden,
+            topk_ids,
+            topk_weights,
+            addresses,
+            layout,
+            activation,
+            weight_on_input,
+            span,
+            biases,
+            out,
+            None,
         )
         return out
 
@@ -90,10 +100,20 @@ class CpuBackend:
         activation: str,
         weight_on_input: bool,
         span: tuple[int, int],
+        biases: Tensor | None = None,
     ) -> None:
         self._experts(
-            *(hidden, topk_ids, topk_weights, addresses, layout),
-            *(activation, weight_on_input, span, None, out),
+            hidden,
+            topk_ids,
+            topk_weights,
+            addresses,
+            layout,
+            activation,
+            weight_on_input,
+            span,
+            biases,
+            None,
+            out,
         )
 
     def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
@@ -114,6 +134,7 @@ class CpuBackend:
         activation: str,
         weight_on_input: bool,
         span: tuple[int, int],
+        biases: Tensor | None,
         contributions: Tensor | None,
         sums: Tensor | None,
     ) -> None:
@@ -129,6 +150,7 @@ class CpuBackend:
             *(_ACTIVATIONS[activation], weight_on_input),
             None if contributions is None else contributions.data_ptr(),
             None if sums is None else sums.data_ptr(),
+            None if biases is None else biases.data_ptr(),
         )
         if not self._library.routed_experts(call, torch.get_num_threads()):
             wrong = [e for e in ids.flatten().tolist() if not 0 <= e < table.numel()]

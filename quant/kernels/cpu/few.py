@@ -17,6 +17,7 @@ MOST_TOKENS = 8  # `kMostTokens` of src/few_product.h
 QUANTIZED = -1
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `FloatType` of src/types.h
 ROPES = {"none": 0, "interleaved": 1, "half": 2}  # `Rope`
+ROUTERS = ("softmax", "sigmoid")
 NORMS = {"none": 0, "before": 1, "after": 2}  # `HeadNorm` of src/layer.h
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from quant.errors import QuantError
 from quant.kernels.cpu.build import LIBRARY
 
-_ABI = 3  # of src/api.cpp
+_ABI = 5  # of src/api.cpp
 BUILD_HINT = (
     "install a C++ compiler (g++ or clang++) and run `python -m quant.kernels.cpu.build`, "
     "or use `--kernels torch`"
@@ -51,6 +51,7 @@ class MoeArgument(ctypes.Structure):
         *(("bits", ctypes.c_int), ("group", ctypes.c_int)),
         *(("activation", ctypes.c_int), ("weight_on_input", ctypes.c_bool)),
         *(("contributions", ctypes.c_void_p), ("sums", ctypes.c_void_p)),
+        ("biases", ctypes.c_void_p),
     )
 
 

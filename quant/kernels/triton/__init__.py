@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.errors import QuantError
 from quant.layout import ExpertLayout
 from quant.tensor import QuantizedWeight
 
@@ -43,8 +44,10 @@ class TritonBackend:
         activation: str,
         weight_on_input: bool,
         span: tuple[int, int],
+        biases: Tensor | None = None,
     ) -> Tensor:
         """Every choice as a token with one choice: then sums are contributions."""
+        _refuse_unknown(activation, biases)
         num_choices = topk_ids.shape[1]
         out = hidden.new_zeros(topk_ids.numel(), hidden.shape[1], dtype=torch.float32)  # [T * k, H]
         self.add_routed_experts(
@@ -72,7 +75,9 @@ class TritonBackend:
         activation: str,
         weight_on_input: bool,
         span: tuple[int, int],
+        biases: Tensor | None = None,
     ) -> None:
+        _refuse_unknown(activation, biases)
         few = topk_ids.shape[0] <= DECODE_TOKENS
         _kernels("experts" if few else "grouped").add_routed_experts(
             out,
@@ -88,6 +93,14 @@ class TritonBackend:
 
     def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
         out += contributions.sum(dim=1)
+
+
+def _refuse_unknown(activation: str, biases: Tensor | None) -> None:
+    if activation != "silu" or biases is not None:
+        raise QuantError(
+            f"the kernels `triton` know neither biases of experts nor `{activation}` as activation",
+            "compute on the processor with `--device cpu`, or with `--kernels torch`",
+        )
 
 
 def _kernels(name: str) -> Any:

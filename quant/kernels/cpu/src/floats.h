@@ -30,9 +30,19 @@ inline Vec::F silu(Vec::F x) {
   return Vec::div(x, Vec::add(one, exp(Vec::sub(Vec::zero(), x))));
 }
 
+// gpt-oss: (up + 1) * gate * sigmoid(1.702 * gate), both cut off at 7.
+inline Vec::F clamped_swiglu(Vec::F gate, Vec::F up) {
+  const Vec::F one = Vec::repeat(1.0f), limit = Vec::repeat(7.0f);
+  gate = Vec::min(gate, limit);
+  up = Vec::add(Vec::max(Vec::min(up, limit), Vec::repeat(-7.0f)), one);
+  const Vec::F turned = exp(Vec::mul(gate, Vec::repeat(-1.702f)));
+  return Vec::mul(up, Vec::div(gate, Vec::add(one, turned)));
+}
+
 inline Vec::F activated(Activation kind, Vec::F gate, Vec::F up) {
   switch (kind) {
     case moecli::kSilu: return Vec::mul(silu(gate), up);
+    case moecli::kClampedSwiglu: return clamped_swiglu(gate, up);
   }
   return gate;
 }

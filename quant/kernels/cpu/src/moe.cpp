@@ -18,6 +18,7 @@ int64_t aligned(int64_t nbytes) { return (nbytes + 63) / 64 * 64; }
 // One expert that was chosen: which choices, and where its activations lie in the workspace.
 struct Chosen {
   const uint8_t* blob;
+  const float* bias;  // of gate, up and down, or null
   int first, count;  // of `order`
   bool few;
   int64_t input;  // offset; few: of a list of tokens, else of its blocks
@@ -59,6 +60,7 @@ struct Layer {
   void inner_few(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const;
   void inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const;
   void outer(int64_t item) const;
+  void bias(const Chosen& e, int which, int64_t row, int64_t rows, float* y) const;
   void add(const Chosen& e, int64_t row, int64_t rows, const float* y, float* sums) const;
 };
 
@@ -83,7 +85,8 @@ Layer::Layer(const Kernels& kernels, const MoeCall& call, int threads)
   for (int64_t e = 0; e < c.experts; ++e) {
     const int count = start[e + 1] - start[e];
     if (!count || !c.addresses[e]) continue;
-    Chosen one = {reinterpret_cast<const uint8_t*>(c.addresses[e]), start[e], count,
+    const float* bias = c.biases ? c.biases + e * (2 * c.intermediate + c.hidden_size) : nullptr;
+    Chosen one = {reinterpret_cast<const uint8_t*>(c.addresses[e]), bias, start[e], count,
                   is_few(count), 0, 0};
     if (one.few) {
       any_few = true;
@@ -185,6 +188,8 @@ void Layer::inner_few(const Chosen& e, int64_t row, int64_t rows, const uint8_t*
   for (int i = 0; i < e.count; ++i) x[i] = rows_of(order[e.first + i]);
   k.rows_matmul(matrix(e.blob, 0), row, rows, x, e.count, gate, rows, codes(e, 1, row));
   k.rows_matmul(matrix(e.blob, 1), row, rows, x, e.count, up, rows, next);
+  bias(e, 0, row, rows, gate);
+  bias(e, 1, row, rows, up);
   k.activate(c.activation, gate, up, gate, e.count * rows);
   for (int i = 0; i < e.count; ++i) {
     k.rows_quantize(gate + i * rows, 1.0f, row, rows, c.bits,
@@ -203,6 +208,8 @@ void Layer::inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t
   const Matrix gates = matrix(e.blob, 0), ups = matrix(e.blob, 1);
   k.tiles_matmul(gates, row, rows, x, e.count, gate, rows, scratch, codes(e, 1, row));
   k.tiles_matmul(ups, row, rows, x, e.count, up, rows, scratch, next);
+  bias(e, 0, row, rows, gate);
+  bias(e, 1, row, rows, up);
   k.activate(c.activation, gate, up, gate, values);
   const Blocks blocks(e.count, k.block);
   uint8_t* to = memory + e.inner;
@@ -244,11 +251,19 @@ void Layer::outer(int64_t item) const {
     } else {
       k.tiles_matmul(down, row, rows, memory + e.inner, e.count, y, rows, scratch, next);
     }
+    if (c.begin == 0) bias(e, 2, row, rows, y);  // once, where parts of an expert add up
     add(e, row, rows, y, sums);
   }
   for (int64_t t = 0; sums && t < c.tokens; ++t) {
     k.add_scaled(sums + t * rows, 1.0f, c.sums + t * c.hidden_size + row, rows);
   }
+}
+
+// y [count, rows] += what of a projection's bias belongs to these rows.
+void Layer::bias(const Chosen& e, int which, int64_t row, int64_t rows, float* y) const {
+  if (!e.bias) return;
+  const float* from = e.bias + which * c.intermediate + row + (which < 2 ? c.begin : 0);
+  for (int i = 0; i < e.count; ++i) k.add_scaled(from, 1.0f, y + i * rows, rows);
 }
 
 void Layer::add(const Chosen& e, int64_t row, int64_t rows, const float* y, float* sums) const {

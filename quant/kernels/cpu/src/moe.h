@@ -19,6 +19,7 @@ struct MoeCall {
   bool weight_on_input;
   float* contributions;  // [T, k, H], or null
   float* sums;           // [T, H], or null: to each row its contributions are added
+  const float* biases;   // [E, 2 * intermediate + H]: of gate, up and down; or null
 };
 
 // A contribution depends on the tokens that chose this expert and on nothing else. Sums take them

@@ -21,7 +21,7 @@ struct Matrix {
 };
 
 enum FloatType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-enum Activation { kSilu = 0 };
+enum Activation { kSilu = 0, kClampedSwiglu = 1 };
 enum Rope { kNoRope = 0, kInterleaved = 1, kHalf = 2 };
 
 // A part of what one key head has in a cache: rows of D keys, and of D values.
