@@ -220,6 +220,7 @@ class FakeResult:
     out: Path
     out_nbytes: int = 30 << 20
     source_nbytes: int = 100 << 20
+    source_form: str = ""
     bpw_experts: float = 4.5
     bpw: float = 5.25
     error_experts: float = 0.0789
