@@ -58,8 +58,6 @@ def _differs(made: MemoryPlan, today: float) -> bool:
 def _changes(asked: Question, plan: MemoryPlan) -> list[tuple[str, Question]]:
     """Budgets are those of the plan, so that a share of what is free stays what it was."""
     config = replace(asked.config, ram_nbytes=plan.ram_budget, vram_nbytes=plan.vram_budget)
-    if not plan.on_device:
-        config = replace(config, device="cpu", vram_nbytes=None)
     now = replace(asked, config=config)
     machine, found = asked.machine, []
     more_ram = replace(config, ram_nbytes=plan.ram_budget + MORE_RAM)
