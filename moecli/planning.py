@@ -45,12 +45,6 @@ def plan_model(
             "graphics cards do not read a KV cache in int8 yet",
             "leave out `--kv-dtype`, or compute on the processor with `--device cpu`",
         )
-    if plan.on_device and spec.latent is not None:
-        raise MoecliError(
-            "moecli has no kernels yet for graphics cards that attend to latents (MLA), "
-            f"as this `{spec.architecture}` does",
-            "compute on the processor with `--device cpu`",
-        )
     return plan
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moecli.config import SIMULATED, EngineConfig
+from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint, tensor_nbytes
 from moecli.models.config import ModelSpec
@@ -85,17 +85,13 @@ def test_a_smaller_scheme_is_proposed_for_a_card_only() -> None:
 LATENT = ModelSpec.from_hf(DEEPSEEK_V3 | {"num_hidden_layers": 4, "n_routed_experts": 16})
 
 
-def test_attention_over_latents_is_refused_where_a_card_is_to_compute() -> None:
+def test_a_cache_of_latents_is_not_rounded_to_int8() -> None:
     roomy = replace(RAM, ram_available=1 << 34)
-    for config in (EngineConfig(vram_nbytes=1 << 33), EngineConfig(device=SIMULATED)):
-        with pytest.raises(MoecliError, match=r"graphics cards.*`DeepseekV3ForCausalLM`") as caught:
-            plan_model(LATENT, SCHEMES, 64, replace(config, vram_nbytes=1 << 33), roomy)
-        assert "`--device cpu`" in (caught.value.hint or "")
-    config = EngineConfig(device="cpu")
-    assert not plan_model(LATENT, SCHEMES, 64, config, roomy).on_device
+    config = EngineConfig(device="cpu", kv_dtype="int8")
     with pytest.raises(MoecliError, match=r"latents.*int8") as caught:
-        plan_model(LATENT, SCHEMES, 64, replace(config, kv_dtype="int8"), roomy)
+        plan_model(LATENT, SCHEMES, 64, config, roomy)
     assert "`--kv-dtype`" in (caught.value.hint or "")
+    assert plan_model(LATENT, SCHEMES, 64, replace(config, kv_dtype="bf16"), roomy).kv_nbytes
 
 
 def test_the_matrix_that_is_absorbed_is_planned_for_as_it_is_held() -> None:
