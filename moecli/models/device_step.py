@@ -74,5 +74,5 @@ class DeviceStep:
         return decode_attention(queries, keys_values, length, splits, q.dtype)
 
     def attend_latents(self, heads: "LatentHeads", queries: Tensor, latents: Tensor) -> Tensor:
-        """There is no kernel for it yet; a plan refuses before a step could."""
+        """There is no kernel for it: see unknown_on_a_device."""
         raise AssertionError("attention over latents in a step on a device")

@@ -1,4 +1,4 @@
-"""Knows Hugging Face's field names of DeepSeek-V3, its like (Moonlight, Kimi-K2) and V2-Lite."""
+"""Knows Hugging Face's field names of DeepSeek-V3 and V2-Lite. No tensors."""
 
 from typing import Any
 
