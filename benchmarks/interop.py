@@ -1,6 +1,6 @@
 """Real vLLM serves what moecli wrote, and says the tokens that transformers says.
 
-    python benchmarks/interop.py --vllm-python PATH --work DIR [--json FILE] [--only TEXT]
+    python benchmarks/interop.py --vllm-python PATH --work DIR [--json FILE] [--resume]
 
 `make interop` makes PATH, an environment with vLLM for processors, and runs this. Tiny random
 models, and the embedded one, are quantized by moecli in several schemes; each run starts vLLM in
@@ -72,17 +72,20 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    """Own kernels wherever they might do; lent ones for every scheme; TP 2, EP and a server."""
-    default, dense16 = "int4 (default)", "int4, dense 16 bits"
-    runs = [Run(family, scheme) for family in FAMILIES for scheme in SCHEMES]
-    runs += [Run(family, scheme, ranks=2) for family in FAMILIES for scheme in (default, dense16)]
-    runs += [Run(family, scheme, "lent") for family in FAMILIES for scheme in SCHEMES]
-    runs += [Run(family, scheme, "lent", 2) for family in FAMILIES for scheme in (default, "int8")]
-    runs += [Run(family, default, "lent", 2, expert_parallel=True) for family in FAMILIES]
-    runs += [Run(family, dense16, ranks=2, expert_parallel=True) for family in FAMILIES]
-    runs += [Run("tied qwen3_moe", default, "lent"), Run("sharded qwen3_moe", default, "lent")]
+    """What decides most comes first."""
+    default, dense16, *others = SCHEMES
+    runs = [Run(family, default, "lent") for family in FAMILIES]
+    runs += [Run(family, dense16) for family in FAMILIES]
     runs += [Run("demo", default, "lent"), Run("demo", default, "lent", server=True)]
-    return [*runs, Run("qwen3_moe", dense16, server=True)]
+    runs += [Run(family, scheme, "lent") for family in FAMILIES for scheme in others]
+    runs += [Run("tied qwen3_moe", default, "lent"), Run("sharded qwen3_moe", default, "lent")]
+    runs += [Run("qwen3_moe", dense16, server=True), Run("mixtral", "int4, dense int4")]
+    runs += [Run("qwen3_moe", scheme) for scheme in (default, *others)] + [Run("llama4", default)]
+    for family in FAMILIES:
+        runs += [Run(family, default, "lent", 2), Run(family, dense16, ranks=2)]
+        runs += [Run(family, default, "lent", 2, expert_parallel=True)]
+    runs += [Run(family, "int8", "lent", 2) for family in FAMILIES]
+    return [*runs, Run("qwen3_moe", dense16, ranks=2, expert_parallel=True)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,7 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     report |= {"machine": _machine(), "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
     report.setdefault("runs", {})
     for run in all_runs():
-        if run.ranks not in options.ranks or options.only not in run.name:
+        wanted = any(text in run.name for text in options.only)
+        done = options.resume and run.name in report["runs"]
+        if run.ranks not in options.ranks or not wanted or done:
             continue
         found = _try(run, options)
         report["runs"][run.name] = plain(found)
@@ -107,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, required=True, help="where models are made")
     parser.add_argument("--json", type=Path, help="write results there, beside those it has")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="only runs over these")
-    parser.add_argument("--only", default="", help="only runs with this in their name")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="runs named so")
+    parser.add_argument("--resume", action="store_true", help="leave out what --json has")
     return parser
 
 

