@@ -12,6 +12,7 @@ tests all that vLLM does with a checkpoint but the speed of multiplying.
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -90,6 +91,7 @@ def all_runs() -> list[Run]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM's processes end too
     report = read_json(options.json) if options.json else {}
     report |= {"machine": _machine(), "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
     report.setdefault("runs", {})

