@@ -6,7 +6,7 @@
 models, and the embedded one, are quantized by moecli in several schemes; each run starts vLLM in
 processes of its own. Its build for processors lacks kernels that its build for GPUs has: a run
 with `lent` kernels borrows those of benchmarks/engines/plain_kernels.py, computes in fp32, and so
-tests all that vLLM does with a checkpoint but the speed of multiplying.
+tests all that vLLM does with a checkpoint but its multiplying.
 """
 
 import argparse

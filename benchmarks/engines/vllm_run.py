@@ -66,7 +66,7 @@ class Vllm:
         finally:
             _end(process)
         if not response.exists():
-            raise _refusal(log.read_text())
+            raise refusal(log.read_text())
         found: dict[str, Any] = json.loads(response.read_text())
         return found
 
@@ -143,7 +143,8 @@ def _flag(name: str, value: object) -> list[str]:
     return [flag] if value is True else [flag, str(value)]
 
 
-def _refusal(log: str) -> Refused:
+def refusal(log: str) -> Refused:
+    """What was raised first, of all that a run without an answer has written."""
     every = [(_PREFIX.match(line), _PREFIX.sub("", line)) for line in log.splitlines()]
     said = (line for found, line in every if found is None or found[1] == "ERROR")
     lines = [_RANK.sub("", line) for line in said]
@@ -191,7 +192,7 @@ def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     end = time.monotonic() + TIMEOUT_S
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise _refusal(log.read_text())
+            raise refusal(log.read_text())
         try:
             with urllib.request.urlopen(address, timeout=5):
                 return

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.engines.plain_kernels import expand
 from benchmarks.engines.verdict import compare
-from benchmarks.engines.vllm_run import _refusal
+from benchmarks.engines.vllm_run import refusal
 from benchmarks.interop import FAMILIES, SCHEMES, all_runs
 from quant.quantize import dequantize, quantize
 from quant.scheme import QuantScheme
@@ -78,7 +78,7 @@ def test_a_refusal_is_what_was_raised_first_with_its_reasons() -> None:
             "RuntimeError: Engine core initialization failed. See root cause above.",
         )
     )
-    refused = _refusal(log)
+    refused = refusal(log)
     assert str(refused) == "ValueError: no kernel. Reasons: \n Fast: not here"
     assert len(refused.reasons) == 1
 
