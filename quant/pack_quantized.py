@@ -6,6 +6,8 @@ from typing import Any
 from quant.scheme import QuantScheme
 
 EXPERT_TARGETS = (r"re:.*\.experts\..*_proj$",)  # of experts whose linears have the usual names
+# A head is a Linear in transformers; vLLM has a class of its own for it, so it goes by name too.
+_DENSE_TARGETS = ("Linear", "re:.*lm_head$")
 
 
 def quantization_config(
@@ -19,12 +21,13 @@ def quantization_config(
     Readers match a Linear's name before its class, so the experts' group goes by name and the
     dense group takes the other Linears. `ignore` names the Linears that stay in 16 bits.
     """
+    targets: list[tuple[QuantScheme, Sequence[str]]]
     if dense_scheme == scheme:
-        targets = [(scheme, ["Linear"])]
+        targets = [(scheme, _DENSE_TARGETS)]
     else:
-        targets = [(scheme, list(expert_targets))]
+        targets = [(scheme, expert_targets)]
         if dense_scheme is not None:
-            targets.append((dense_scheme, ["Linear"]))
+            targets.append((dense_scheme, _DENSE_TARGETS))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -39,9 +42,9 @@ def quantization_config(
     }
 
 
-def _config_group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
+def _config_group(scheme: QuantScheme, targets: Sequence[str]) -> dict[str, Any]:
     return {
-        "targets": targets,
+        "targets": list(targets),
         "format": "pack-quantized",
         "input_activations": None,
         "output_activations": None,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moecli.config import EngineConfig
+from moecli.conversion import quantize_model
 from moecli.engine import Engine
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch
@@ -14,14 +15,34 @@ from moecli.models.moe import FloatExpert, FloatExperts
 from moecli.models.naming import dense_loader
 from quant.checkpoint import QuantizedCheckpoint
 from quant.quantize import dequantize
+from quant.scheme import QuantScheme
 from tests.e2e import tiny
 
 TOLERANCE = 2e-5  # of fp32 logits of magnitude 1 to 10
 
 
+SCHEMES = {  # experts, dense linears; beside the default of the fixtures
+    "int8": (QuantScheme(8, 32), QuantScheme(8, 32)),
+    "int4_everywhere": (QuantScheme(4, 32), QuantScheme(4, 32)),
+    "dense_16_bits": (QuantScheme(4, 32), None),
+}
+
+
 @pytest.fixture(params=["quantized", "quantized_qwen3", "quantized_demo"])
 def model(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
+
+
+def write(root: Path, family: str, scheme: str, tied: bool = False) -> Path:
+    config, tensors = tiny.llama4_config(), tiny.llama4_tensors()
+    if family == "qwen3_moe":
+        config, tensors = tiny.qwen3_config(), tiny.qwen3_tensors()
+    if tied:
+        config["tie_word_embeddings"] = True
+        del tensors["lm_head.weight"]
+    source = tiny.write_checkpoint(root / "source", config, tensors)
+    quantize_model(source, root / "out", *SCHEMES[scheme])
+    return root / "out"
 
 
 def rounded_to_bf16(engine: Engine) -> Decoder:
@@ -45,6 +66,22 @@ def rounded_to_bf16(engine: Engine) -> Decoder:
 
 
 def test_transformers_computes_the_same_logits_from_the_same_files(model: Path) -> None:
+    compare_with_transformers(model)
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_so_it_does_whatever_the_scheme(tmp_path: Path, family: str, scheme: str) -> None:
+    compare_with_transformers(write(tmp_path, family, scheme))
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe"])
+@pytest.mark.parametrize("scheme", ["int8", "dense_16_bits"])
+def test_so_it_does_with_tied_embeddings(tmp_path: Path, family: str, scheme: str) -> None:
+    compare_with_transformers(write(tmp_path, family, scheme, tied=True))
+
+
+def compare_with_transformers(model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

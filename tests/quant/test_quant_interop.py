@@ -1,6 +1,7 @@
 """What moecli writes loads in transformers (with compressed-tensors), value by value."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,3 +214,17 @@ def test_quantized_linears_carry_their_shape(written: Written) -> None:
         scale = file.entries[name.replace("shape", "scale")]
         assert rows == scale.shape[0]
         assert columns % scale.shape[1] == 0
+
+
+@pytest.mark.parametrize("dense", [QuantScheme(8, 64), QuantScheme(4, 32)], ids=["two", "one"])
+@pytest.mark.parametrize("head", ["lm_head", "language_model.lm_head"])
+def test_a_head_is_targeted_by_its_name(dense: QuantScheme, head: str) -> None:
+    """vLLM's head is of a class that no target names; without this it expects 16 bits."""
+    groups = quantization_config(QuantScheme(4, 32), dense, [])["config_groups"].values()
+    found = [
+        group["weights"]["num_bits"]
+        for group in groups
+        for target in group["targets"]
+        if target.startswith("re:") and re.match(target.removeprefix("re:"), head)
+    ]
+    assert found == [dense.bits]
