@@ -17,9 +17,9 @@ from moecli.models.hf_deepseek import deepseek_v2, deepseek_v3
 from moecli.models.hf_families import FAMILY_READERS
 from moecli.models.hf_fields import CONFIG_HINT, Fields, attention_kind, common_of, rope_of
 
-_SUPPORTED_HINT = (
+SUPPORTED_HINT = (
     "supported: llama4 (Scout, Maverick and their like), qwen3_moe, mixtral, glm4_moe, gpt_oss, "
-    "deepseek_v3, deepseek_v2 (Lite)"
+    "deepseek_v3, deepseek_v2 (Lite), and most that the installed transformers knows"
 )
 BITSANDBYTES = "bitsandbytes"
 
@@ -32,11 +32,11 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         if not _has_experts(config):
             raise MoecliError(
                 f"`{architecture}` is a dense model: it has no experts to quantize or to offload",
-                _SUPPORTED_HINT,
+                SUPPORTED_HINT,
             )
         kind = config.get("model_type", "no model_type")
         raise MoecliError(
-            f"moecli does not know the architecture `{architecture}` ({kind})", _SUPPORTED_HINT
+            f"moecli does not know the architecture `{architecture}` ({kind})", SUPPORTED_HINT
         )
     spec = reader(architecture, Fields(config))
     _check(spec)
@@ -78,7 +78,7 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
 def _check(spec: ModelSpec) -> None:
     if not spec.moe_layers:
         raise MoecliError(
-            f"this `{spec.architecture}` has no layer with experts to offload", _SUPPORTED_HINT
+            f"this `{spec.architecture}` has no layer with experts to offload", SUPPORTED_HINT
         )
     if spec.num_heads % spec.num_kv_heads:
         raise MoecliError(

@@ -32,7 +32,7 @@ def config_of(model_type: str, **changes: object) -> dict[str, Any]:
         ({"model_type": "switch_transformers", "num_experts": 4}, "has an encoder"),
         ({"model_type": "llama4_text", "num_local_experts": 4}, "common interface"),
         ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4}}, "cannot build"),
-        ({"model_type": "brandnew", "num_experts": 4}, "does not know the model type `brandnew`"),
+        ({"model_type": "brandnew", "num_experts": 4}, "knows the model type `brandnew`"),
         ({"model_type": "gpt_oss", "num_local_experts": 4}, "they have biases"),
         ({"model_type": "olmoe", "num_experts": 4, "hidden_size": "wide"}, "cannot read this"),
     ],

@@ -13,11 +13,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from moecli.errors import MoecliError
+from moecli.models.hf_config import SUPPORTED_HINT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_HINT = "`moecli show` of another model says whether it can be run; issues are welcome"
 _REMOTE_HINT = "moecli runs no code that comes with a checkpoint, only what transformers contains"
 # Families that the library knows and whose experts are of a kind that no scheme of ours holds.
 _REFUSED = {
@@ -62,7 +62,9 @@ def build(config: Mapping[str, Any], buffers: bool = True) -> "PreTrainedModel":
             _compute_buffers(model)
     except FAILURES as error:
         kind = library_config.model_type
-        raise MoecliError(f"transformers cannot build this `{kind}`: {error}", _HINT) from error
+        raise MoecliError(
+            f"transformers cannot build this `{kind}`: {error}", SUPPORTED_HINT
+        ) from error
     return model.eval()
 
 
@@ -86,10 +88,12 @@ def _library_config(config: Mapping[str, Any]) -> Any:
 
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
-        hint = _REMOTE_HINT if config.get("auto_map") else "a newer transformers may know it"
-        raise MoecliError(f"the installed transformers does not know the model type `{kind}`", hint)
+        hint = _REMOTE_HINT if config.get("auto_map") else SUPPORTED_HINT
+        raise MoecliError(
+            f"neither moecli nor the installed transformers knows the model type `{kind}`", hint
+        )
     if kind in _REFUSED:
-        raise MoecliError(f"`{kind}` cannot be run by moecli: {_REFUSED[kind]}", _HINT)
+        raise MoecliError(f"`{kind}` cannot be run by moecli: {_REFUSED[kind]}", SUPPORTED_HINT)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     config_class = CONFIG_MAPPING[kind]
     try:
@@ -107,7 +111,8 @@ def _model_class(config: Mapping[str, Any], library_config: Any) -> Any:
 
     if library_config.is_encoder_decoder:
         raise MoecliError(
-            f"`{library_config.model_type}` has an encoder; moecli runs decoders alone", _HINT
+            f"`{library_config.model_type}` has an encoder; moecli runs decoders alone",
+            SUPPORTED_HINT,
         )
     for name in config.get("architectures") or []:
         found = getattr(transformers, name, None)
@@ -116,7 +121,7 @@ def _model_class(config: Mapping[str, Any], library_config: Any) -> Any:
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(library_config) in auto._model_mapping:
             return auto._model_mapping[type(library_config)]
-    raise MoecliError(f"`{library_config.model_type}` is no model that writes text", _HINT)
+    raise MoecliError(f"`{library_config.model_type}` is no model that writes text", SUPPORTED_HINT)
 
 
 def experts_modules(model: "PreTrainedModel") -> tuple[ExpertsModule, ...]:
@@ -124,24 +129,25 @@ def experts_modules(model: "PreTrainedModel") -> tuple[ExpertsModule, ...]:
 
     Raises MoecliError where there are none, or of a kind that moecli cannot compute, by name.
     """
-    kind = model.config.model_type
+    kind = type(model).__name__
     found = [_described(kind, name, module) for name, module in _interface_modules(model)]
     if not found:
         raise MoecliError(
             f"`{kind}` cannot be run by moecli: its experts, if it has any, are not what "
             "transformers calls by its common interface",
-            _HINT,
+            SUPPORTED_HINT,
         )
     layers = [module.layer for module in found]
     if len(set(layers)) < len(layers):
         raise MoecliError(
             f"`{kind}` cannot be run by moecli: a layer of it has more than one set of experts",
-            _HINT,
+            SUPPORTED_HINT,
         )
     sizes = {(m.num_experts, m.hidden_size, m.intermediate_size) for m in found}
     if len(sizes) > 1:
         raise MoecliError(
-            f"`{kind}` cannot be run by moecli: its layers have experts of different sizes", _HINT
+            f"`{kind}` cannot be run by moecli: its layers have experts of different sizes",
+            SUPPORTED_HINT,
         )
     return tuple(sorted(found, key=lambda module: module.layer))
 
@@ -168,7 +174,9 @@ def _described(kind: str, name: str, module: Any) -> ExpertsModule:
     if layer is None:
         odd.append(f"`{name}` is in no numbered layer")
     if odd:
-        raise MoecliError(f"the experts of `{kind}` cannot be run by moecli: {odd[0]}", _HINT)
+        raise MoecliError(
+            f"the experts of `{kind}` cannot be run by moecli: {odd[0]}", SUPPORTED_HINT
+        )
     assert layer is not None, "an experts module in no layer was let through"
     experts, out, inner = parameters["down_proj"].shape
     if module.is_transposed:
