@@ -1,12 +1,21 @@
-"""Makes docs/models.md of the registry that the tests of families are parametrized by.
+"""Makes docs/models.md of the registries that the tests of families are parametrized by.
 
 PYTHONPATH=. python tools/models_doc.py > docs/models.md
 """
 
+import textwrap
+
 from moecli.models.config import ModelSpec
 from tests.models.families import BORDER, FAMILIES, LENGTH, Family
+from tests.models.library_families import FAMILIES as LIBRARY
+from tests.models.library_families import RECURRENT
 
 HEAD = f"""# Families
+
+`moecli show MODEL` says whether a model runs through moecli's own decoder, or through transformers
+with moecli's experts in it.
+
+## Of moecli's own decoder
 
 Made by tools/models_doc.py of the registry that the tests are parametrized by
 (tests/models/families.py). A family is here when all of this is checked of it, on tiny random
@@ -29,11 +38,40 @@ products. Where the graphics card is "refused", a run there ends with the reason
 computes it. The column is tested on a simulated device in place of a card: docs/gpu.md.
 """
 
+LIBRARY_HEAD = """
+## Through transformers
+
+Any other model whose experts transformers knows by its common interface runs through the library's
+own modules, with moecli's experts in them: on the processor, its KV cache in fp32, dense weights as
+they are stored. Experts are read in the source's layout, whatever it is, and are never in memory
+unquantized. What a sequence keeps is planned by running the library's code on shapes alone. Layers
+with a state (`*`) take a prompt whole and what follows token by token; a conversation that was
+edited is computed anew.
+
+Of these, on tiny random models (tests/models/library_families.py): quantized and opened, logits
+equal to the library's to 1e-5 in fp32 (to 5e-5 with states, whose two forms in the library differ
+by so much), for a prompt in pieces and single tokens; greedy answers; the cache within its plan;
+the number of parameters.
+
+"""
+LIBRARY_TAIL = """
+Refused, with the reason: experts without weights (`longcat_flash`), without a gate (`nemotron_h`),
+with biases or a norm of their own, of several sizes, or in no interface; encoders; code that comes
+with a checkpoint.
+"""
+
 
 def document() -> str:
     rows = "".join(_row(name, family) for name, family in FAMILIES.items())
     variants = "".join(map(_variants, FAMILIES.values()))
-    return f"{HEAD}{rows}{TAIL}\n## Variants\n\n{variants}"
+    library = ", ".join(f"`{name}`{_mark(name)}" for name in LIBRARY if name not in FAMILIES)
+    listed = textwrap.fill(library, 100, break_on_hyphens=False)
+    own = f"{HEAD}{rows}{TAIL}\n### Variants\n\n{variants}"
+    return f"{own}{LIBRARY_HEAD}{listed}.\n{LIBRARY_TAIL}"
+
+
+def _mark(name: str) -> str:
+    return "\\*" if name in RECURRENT else ""
 
 
 def _row(name: str, family: Family) -> str:

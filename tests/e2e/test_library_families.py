@@ -18,6 +18,7 @@ from moecli.errors import MoecliError
 from moecli.events import Finished
 from moecli.models import facts
 from moecli.models.batch import Batch
+from moecli.prompt import Prompt
 from quant.checkpoint import QuantizedCheckpoint
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme
@@ -105,6 +106,7 @@ def test_a_family_computes_as_the_library_does(family: str, tmp_path: Path) -> N
     want = expected(model, token_ids)
     with Engine.open(path, EngineConfig(kernels="reference", ctx=64, device="cpu")) as engine:
         found, kept = in_pieces(engine, token_ids, PIECES)
+        assert engine.spec.recurrent == (family in families.RECURRENT)
         tolerance = RECURRENT_TOLERANCE if engine.spec.recurrent else TOLERANCE
         torch.testing.assert_close(found, want, atol=tolerance, rtol=0)
         answer = greedy(engine, token_ids, 4)
@@ -181,7 +183,7 @@ def test_after_a_failed_step_the_sequence_is_computed_anew(family_path: Path) ->
         with pytest.raises(TypeError):
             engine.step([session], [prompt[5:]])
         layers[-1].input_layernorm = norm
-        assert session.rewind(prompt) == 0
+        assert session.rewind(Prompt(prompt)) == 0
         torch.testing.assert_close(engine.step([session], [prompt]), want)
 
 

@@ -95,6 +95,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "solar_open": {},
 }
 
+RECURRENT = {  # whose layers, some of them, have a state instead of keys and values
+    *("bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe"),
+    *("qwen3_5_moe_text", "qwen3_next"),
+}
+
 
 def tiny_model(model_type: str, **changes: object) -> nn.Module:
     """Random weights that 16 bits hold exactly, so large that routing is far from flat."""

@@ -19,8 +19,8 @@ def plan_library_conversion(
 
     Experts get the names of the library's modules; all else keeps those of the source. Plain
     linears of the text decoder take `dense_scheme` where the library takes them as they are;
-    routers, norms, embeddings and what it joins of several tensors keep their 16 bits. Raises
-    MoecliError for a missing tensor or a wrong shape.
+    routers, embeddings and what it joins of several tensors keep their 16 bits, vectors their
+    fp32. Raises MoecliError for a missing tensor or a wrong shape.
     """
     assert isinstance(spec, HfSpec), f"{spec.architecture} is no model of the library"
     names = Names(build(spec.config), shapes)
@@ -36,7 +36,8 @@ def plan_library_conversion(
         if dense_scheme is not None and plain and name.endswith(".weight"):
             dense.append(DenseItem(name.removesuffix(".weight"), source, dense_scheme))
         else:
-            dense.append(DenseItem(name, source, None))
+            vector = len(shapes[name]) <= 1  # corrections of routers, decays of states
+            dense.append(DenseItem(name, source, None, exact=vector))
     return Conversion(tuple(experts), tuple(dense), _ignored(dense))
 
 

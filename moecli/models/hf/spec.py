@@ -145,7 +145,7 @@ def is_linear(module: nn.Module, num_experts: int) -> bool:
 def _dense_tensors(
     model: PreTrainedModel, needed: Collection[str], modules: tuple[ExpertsModule, ...]
 ) -> tuple[DenseTensor, ...]:
-    """What is needed and no expert; of what is tied, the first."""
+    """What is needed and no expert; of what is tied, the first. `loading` says what is held how."""
     experts = {name for module in modules for name in module.parameters}
     tied, state = model.all_tied_weights_keys, model.state_dict()
     linears = {
@@ -153,8 +153,13 @@ def _dense_tensors(
         for name, module in model.named_modules()
         if is_linear(module, modules[0].num_experts)
     }
+    stored = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding)
+    }
     return tuple(
-        DenseTensor(name, tuple(state[name].shape), linear=name in linears)
+        DenseTensor(name, tuple(state[name].shape), name in linears, expanded=name not in stored)
         for name in needed
         if name not in experts and name not in tied
     )
