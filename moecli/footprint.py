@@ -178,6 +178,7 @@ def model_footprint(
     `run_scheme` is EngineConfig.dense_scheme, `kv_dtype` its namesake there.
     """
     expert = expert_nbytes(spec, scheme)
+    biased = isinstance(spec, Outline) and spec.expert_bias  # its rows are of different sizes
     embedding = 0
     if not spec.tie_word_embeddings:  # a tied one is read whole, as the head
         embedding = STORED_ITEMSIZE * spec.vocab_size * spec.hidden_size
@@ -193,7 +194,7 @@ def model_footprint(
         experts_per_token=spec.experts_per_token,
         expert_nbytes=expert,
         slot_nbytes=-(-expert // SLOT_ALIGNMENT) * SLOT_ALIGNMENT,
-        intermediate_size=spec.expert_intermediate_size,
+        intermediate_size=0 if biased else spec.expert_intermediate_size,
         group_size=scheme.group_size,
         device_workspace_nbytes=device_workspace_nbytes(spec, ctx, prefill_chunk),
         prefill_tokens=min(prefill_chunk, ctx),

@@ -56,15 +56,8 @@ class PlanReport:
         subject, spec = self.subject, self.asked.spec
         if isinstance(spec, Outline) and spec.is_dense:
             return "a dense model, for comparison: planned as if its MLPs were experts"
-        if not runs(spec):
-            return "planned only: moecli does not run this architecture yet"
         if subject.source is None and subject.quantized is None:
             return "planned only: no weights were released"
-        if isinstance(spec, Outline):
-            return (
-                "planned as a decoder of moecli's own would run it; today transformers computes "
-                "it, on the processor alone"
-            )
         if self.plan.on_device and not isinstance(spec, Own):
             return "planned only: transformers computes this architecture, on the processor alone"
         refused = refusal(self.asked.spec, self.asked.config, self.plan)
@@ -124,7 +117,7 @@ def _holding(holding: Holding) -> dict[str, Any]:
 
 def runs(spec: Counted) -> bool:
     """Whether moecli runs such models: with our own decoder, or with the library's modules."""
-    return not isinstance(spec, Outline) or not (spec.is_dense or spec.expert_bias)
+    return not isinstance(spec, Outline) or not spec.is_dense
 
 
 def make_report(subject: Subject, asked: Question) -> PlanReport:

@@ -101,24 +101,19 @@ def _question(
     source: PlanSource, scheme_name: str, config: EngineConfig, rates: dict[str, float | None]
 ) -> tuple["Subject", "Question"]:
     from moecli.engine import context_size
-    from moecli.models.facts import read_facts
     from moecli.models.hf_outline import read_counted
-    from moecli.models.outline import Outline, Own
+    from moecli.models.outline import Own
     from moecli.opening_device import within_library
-    from moecli.plan_report import runs
     from moecli.planning import Question
 
-    counted = spec = read_counted(source.config())
+    spec = read_counted(source.config())
     ctx = context_size(config.ctx, spec)
     on_card = config.vram_nbytes is not None or config.device == "cuda"
-    if source.path is not None and not on_card:
-        if isinstance(spec, Outline) and runs(spec):
-            spec = read_facts(source.config())  # what a run is made of
-        if not isinstance(spec, Own):
-            config = within_library(config, spec, ctx, ui.show_note)
+    if source.path is not None and not on_card and not isinstance(spec, Own):
+        config = within_library(config, spec, ctx, ui.show_note)
     schemes = source.schemes(spec, scheme_name)
     machine = _machine(source.path or store.models_dir(), spec, schemes[0], config, rates)
-    return source.subject(counted, schemes[0]), Question(spec, schemes, ctx, config, machine)
+    return source.subject(spec, schemes[0]), Question(spec, schemes, ctx, config, machine)
 
 
 def _machine(

@@ -40,7 +40,7 @@ class Outline:
     dense_intermediate_size: int  # of layers without experts; 0 when there are none
     tie_word_embeddings: bool
     max_context: int
-    expert_bias: bool = False  # of each expert's three projections
+    expert_bias: bool = False  # of the three projections of an MLP
     num_vision_params: int = 0
 
     @property

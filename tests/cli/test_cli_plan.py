@@ -313,11 +313,10 @@ def test_documented_plans_are_current() -> None:
 
 
 def test_what_the_library_runs_is_planned_as_it_runs_there(real_cli: Command, home: Path) -> None:
-    """On the processor as transformers runs it, cache in fp32; on a card as our decoder would."""
-    mixtral = known.find("mixtral-8x7b")
-    assert mixtral is not None
-    small = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = mixtral.config() | small | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    """On the processor, its cache in fp32; of a card it is said that none runs it."""
+    config = {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 8}
+    config |= {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
     (home / "small").mkdir()
     (home / "small" / "config.json").write_text(json.dumps(config))
     rates = DESKTOP[4:]
@@ -328,8 +327,7 @@ def test_what_the_library_runs_is_planned_as_it_runs_there(real_cli: Command, ho
     assert here["remark"] is None
     assert not here["on_device"]
     card = planned(real_cli, "small", "--ram", "1GiB", "--vram", "2GiB", *rates, "-c", "1024")
-    assert card["kv_nbytes"] == here["kv_nbytes"] // 2
-    assert "today transformers computes it" in card["remark"]
+    assert "transformers computes this architecture" in card["remark"]
     assert card["num_params"] == here["num_params"]
     assert card["holdings"] == here["holdings"]
-    assert planned(real_cli, "gpt-oss-20b", *DESKTOP)["remark"].startswith("planned only: moecli")
+    assert planned(real_cli, "gpt-oss-20b", *DESKTOP)["remark"].startswith("planned only: ")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from moecli import known
 from moecli.footprint import expert_nbytes, fitting, model_footprint, stored_nbytes
 from moecli.models.hf_outline import read_counted
-from moecli.models.outline import Counted
+from moecli.models.outline import Counted, Outline
 from quant.scheme import QuantScheme
 
 
@@ -15,15 +15,18 @@ def counted(name: str) -> Counted:
     return read_counted(spec.config())
 
 
-def test_biases_of_experts_lie_beside_them_in_16_bits() -> None:
-    outline = counted("gpt-oss-20b")
+def test_biases_of_a_dense_mlp_lie_beside_it_in_16_bits() -> None:
+    llama = counted("llama3.1-8b")
+    assert isinstance(llama, Outline)
+    outline = replace(llama, expert_bias=True)
     scheme = QuantScheme(4, 32)
-    weights = 3 * 2880 * 2880 * 9 // 16  # 4.5 bits
-    assert expert_nbytes(outline, scheme) == weights + 2 * (2 * 2880 + 2880)
+    weights = 3 * 4096 * 14336 * 9 // 16  # 4.5 bits
+    biases = 2 * (2 * 14336 + 4096)
+    assert expert_nbytes(outline, scheme) == weights + biases
     assert expert_nbytes(outline, None) == 2 * outline.expert_numel
     assert expert_nbytes(counted("mixtral-8x7b"), scheme) == 3 * 4096 * 14336 * 9 // 16
     footprint = model_footprint(outline, scheme, None, 300, 128)
-    assert footprint.expert_nbytes == weights + 17_280
+    assert footprint.expert_nbytes == weights + biases
     assert footprint.slot_nbytes % 4096 == 0
     assert 0 <= footprint.slot_nbytes - footprint.expert_nbytes < 4096
 
