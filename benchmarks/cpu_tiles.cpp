@@ -1,7 +1,7 @@
 // Products of many tokens in cache, on one thread with AVX512-VNNI, beside what its units can do.
 //
 //   g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -march=native -w -I quant/kernels/cpu/src \
-//       benchmarks/cpu_tiles.cpp -o /tmp/cpu_tiles && /tmp/cpu_tiles
+//       benchmarks/cpu_tiles.cpp -o build/cpu_tiles && build/cpu_tiles
 //
 // The ceiling is a loop of independent VPDPBUSD on registers: 128 operations each. Figures are the
 // best of several repeats, by the thread's own time.

@@ -54,7 +54,7 @@ class PlanReport:
     def remark(self) -> str | None:
         """What cannot be done with the model, or with this plan of it."""
         subject, spec = self.subject, self.asked.spec
-        if isinstance(spec, Outline) and spec.is_dense:
+        if isinstance(spec, Outline):
             return "a dense model, for comparison: planned as if its MLPs were experts"
         if subject.source is None and subject.quantized is None:
             return "planned only: no weights were released"
@@ -116,8 +116,8 @@ def _holding(holding: Holding) -> dict[str, Any]:
 
 
 def runs(spec: Counted) -> bool:
-    """Whether moecli runs such models: with our own decoder, or with the library's modules."""
-    return not isinstance(spec, Outline) or not spec.is_dense
+    """Whether moecli runs such models; what it only counts are dense ones, for comparison."""
+    return not isinstance(spec, Outline)
 
 
 def make_report(subject: Subject, asked: Question) -> PlanReport:

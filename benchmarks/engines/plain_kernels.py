@@ -66,12 +66,13 @@ def _linear_kernel() -> type:
 
 def _offer_experts(method: type) -> None:
     """Where vLLM finds no backend for quantized experts, ours computes them."""
+    # vLLM is in another environment: a checker here knows neither the class nor its methods.
     choose = method.get_moe_method  # type: ignore[attr-defined]
 
     def chosen(config: Any, layer: Any, layer_name: str) -> Any:
         try:
             return choose(config, layer, layer_name)
-        except NotImplementedError:
+        except NotImplementedError:  # which is how vLLM says that it has no backend
             name = f"{layer_name}.0.{layer.ckpt_gate_proj_name}"
             scheme = config.get_scheme_dict(layer, name)
             return _experts_class()(scheme["weights"], layer.moe_config)

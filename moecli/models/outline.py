@@ -102,10 +102,6 @@ class Outline:
             for index, layer in enumerate(self.layers)
         )
 
-    @property
-    def is_dense(self) -> bool:
-        return self.num_experts == 1
-
 
 Own = ModelSpec | Outline  # what is, or would be, computed by our own decoder
 Counted = Own | LibraryFacts  # what a plan is made from

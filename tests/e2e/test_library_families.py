@@ -177,6 +177,7 @@ def test_after_a_failed_step_the_sequence_is_computed_anew(family_path: Path) ->
         want = engine.step([engine.new_session()], [prompt])
         session = engine.new_session()
         engine.step([session], [prompt[:5]])
+        # A layer is broken on purpose, which only the library's own module allows.
         model: Any = engine.decoder._model  # type: ignore[attr-defined]
         layers = model.get_decoder().layers
         norm, layers[-1].input_layernorm = layers[-1].input_layernorm, None

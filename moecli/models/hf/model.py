@@ -1,11 +1,12 @@
 """Knows how a model of the library is opened over a checkpoint that moecli has written."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moecli.gated import Gate
 from moecli.models.facts import LibraryFacts
 from moecli.models.hf.cache import HfCache
 from moecli.models.hf.decoder import HfDecoder
@@ -13,8 +14,6 @@ from moecli.models.hf.library import ExpertsModule, build
 from moecli.models.hf.loading import Read, dense_names, load
 from moecli.models.hf.spec import HfSpec
 from moecli.models.provider import ExpertProvider
-
-Gate = Callable[[Tensor], Tensor]  # gate and up, [n, 2 I] -> [n, I]
 
 
 class LibraryModel:
