@@ -21,5 +21,5 @@ wanted. What to type next:
   moecli chat                     talk to the same model
   moecli show demo-out            what it is made of
   moecli plan demo --ram 16MiB --ctx 1024   what lies where
-  moecli quantize DIR -q int4     your own Llama 4 or Qwen3-MoE checkpoint
+  moecli quantize DIR -q int4     your own checkpoint: docs/models.md
 EOF
