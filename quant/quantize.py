@@ -32,10 +32,14 @@ _TILE_VALUES = 1 << 18
 # their digits: such a group is zero for every purpose and is stored as zeros.
 _MAX_MAGNITUDE = 2.0**126
 _MIN_MAGNITUDE = 2.0**-110
-# Where the best quotient `extreme / scale` of a group lies, found by exhaustive search over
+# The largest magnitude of a group as an integer: what is tried is tried with 16 bits a weight.
+_EXTREME = 32767
+# One code in integers that are not rounded yet: 16 bits hold 15 codes, or 256.
+_INT4_UNIT, _INT8_UNIT = 2048, 128
+# Where the best quotient `-extreme / scale` of a group lies, found by exhaustive search over
 # Gaussian, Laplace and Student-t groups; the extreme takes the code -8, or a clipped one.
-_INT4_QUOTIENTS = {32: (6.6, 9.0), 64: (6.6, 9.5), 128: (6.6, 10.0)}
-_INT4_CANDIDATES = 8
+_INT4_QUOTIENTS = {32: (7.2, 9.0), 64: (7.2, 9.5), 128: (7.2, 10.0)}
+_INT4_CANDIDATES = 6
 # Around extreme / -128 what counts is the luck of the bf16 grid: its neighbours are tried.
 _INT8_STEPS = range(-2, 6)
 
@@ -120,23 +124,22 @@ def _compiled() -> Library | None:
 def _searched(
     weight: Tensor, scheme: QuantScheme, compiled: Library, measure: bool
 ) -> tuple[QuantizedWeight, list[float], list[float]]:
-    found = search_scales(compiled, weight, scheme, _quotients(scheme), _steps(scheme))
+    found = search_scales(compiled, weight, scheme, _factors(scheme), _steps(scheme))
     if found is None:
         raise _not_finite()
     quantized = QuantizedWeight(found.packed, found.scale, scheme)
     if not measure:
         return quantized, [], []
-    errors = _row_sums(found.errors, found.extremes)
-    return quantized, errors, _row_sums(found.squares, found.extremes)
+    return quantized, found.row_errors.tolist(), found.row_squares.tolist()
 
 
-def _quotients(scheme: QuantScheme) -> list[float]:
-    """extreme / scale to try. Plain rounding comes first: nothing worse is ever kept."""
-    quotients = [float(scheme.zero_point - 1)]
-    if scheme.bits == 4:
-        first, last = _INT4_QUOTIENTS[scheme.group_size]
-        quotients += (-torch.linspace(first, last, _INT4_CANDIDATES)).tolist()
-    return quotients
+def _factors(scheme: QuantScheme) -> list[int]:
+    """Quotients to try beside that of plain rounding, in parts of _INT4_UNIT."""
+    if scheme.bits == 8:
+        return []
+    first, last = _INT4_QUOTIENTS[scheme.group_size]
+    step = (last - first) / (_INT4_CANDIDATES - 1)
+    return [round((first + step * i) * _INT4_UNIT) for i in range(_INT4_CANDIDATES)]
 
 
 def _steps(scheme: QuantScheme) -> range:
@@ -144,10 +147,10 @@ def _steps(scheme: QuantScheme) -> range:
     return _INT8_STEPS if scheme.bits == 8 else range(0)
 
 
-def _row_sums(values: Tensor, extreme: Tensor) -> list[float]:
-    """Sums [r] of [r, G], given in units of the squared extremes."""
-    sums: list[float] = (values.double() * extreme.double().square_()).sum(1).tolist()
-    return sums
+def _row_sums(squares: Tensor, unit: Tensor) -> list[float]:
+    """Sums [r] of squares [r, G] that are given in units, one group after the other."""
+    sums = (squares.double() * unit.double().square_()).cumsum(1)
+    return sums[:, -1].tolist() if sums.shape[1] else [0.0] * len(sums)
 
 
 def _not_finite() -> QuantError:
@@ -171,8 +174,9 @@ class _Tile:
     def __init__(self, scheme: QuantScheme, rows: int, groups: int) -> None:
         self.scheme = scheme
         self.low, self.high = -scheme.zero_point, scheme.zero_point - 1
-        self.buffers = [torch.empty(scheme.group_size, rows, groups) for _ in range(3)]
-        self.quotients = torch.tensor(_quotients(scheme)).view(-1, 1, 1)
+        shape = scheme.group_size, rows, groups
+        self.buffers = [torch.empty(shape) for _ in range(3)]
+        self.integers = [torch.empty(shape, dtype=torch.int32) for _ in range(4)]
 
     def load(self, weight: Tensor) -> None:
         """Take the next rows, [r, I]."""
@@ -192,20 +196,83 @@ class _Tile:
 
     def search(self) -> None:
         """Leave the best scale found for each group."""
-        scales = self._candidates()  # [C, r, G]
-        inverses, weights = scales.reciprocal(), (scales / self.extreme).square_()
-        self.scale = scales[0]
-        error = self._squares_left(inverses[0]).mul(weights[0])
-        for scale, inverse, weight in zip(scales[1:], inverses[1:], weights[1:], strict=True):
-            error = self._keep_better(scale, self._squares_left(inverse).mul_(weight), error)
+        rows = self.x.shape[1]
+        self.n, self.code, *self.work = (b[:, :rows] for b in self.integers)  # [g, r, G]
+        by = torch.div(torch.tensor(-float(_EXTREME)), self.extreme)
+        self.n.copy_(torch.mul(self.x, by, out=self.t).round_())  # the extreme is -_EXTREME
+        torch.mul(self.x, by, out=self.t)
+        self.squares = self._group_sum(self.t.mul_(self.t)).clone()
         if self.scheme.bits == 4:
-            refined = self._refined()
-            self._keep_better(refined, self._error_of(refined), error)
+            self._search_4()
+        else:
+            self._search_8()
 
-    def _keep_better(self, scale: Tensor, error: Tensor, least: Tensor) -> Tensor:
-        """Take over `scale` where its error is below `least`; returns the least error now."""
-        self.scale = torch.where(error < least, scale, self.scale)
-        return torch.minimum(error, least)
+    def _search_4(self) -> None:
+        """Codes of quotients, each with the scale that fits them best: dot / square, which leaves
+        squares - dot^2 / square. The first is plain rounding, whose scale has its own error.
+        """
+        plain = _round_to_bf16(self.extreme / -7.0)
+        dot, square = self._fit(self._factors_of(plain, _INT4_UNIT))
+        unit = self.extreme * (-1 / _EXTREME)
+        width = plain / unit
+        plain_error = (self.squares - (width + width) * dot) + (width * width) * square
+        gain = dot * dot
+        for factor in _factors(self.scheme):
+            other, other_square = self._fit(factor)
+            other_gain = other * other
+            better = gain * other_square < other_gain * square
+            gain = torch.where(better, other_gain, gain)
+            dot = torch.where(better, other, dot)
+            square = torch.where(better, other_square, square)
+        # A group of zeros has the scale 1.
+        self.scale = _round_to_bf16(torch.where(square > 0, (dot / square) * unit, 1.0))
+        limit = (self.squares - gain / square) * 1.015625 + self.squares * 2.0**-15
+        self._compare(plain, plain_error, limit)
+
+    def _search_8(self) -> None:
+        """Scales as bf16 has them around extreme / -128: what counts is the luck of the grid."""
+        self.scale = plain = _round_to_bf16(self.extreme / 127.0)
+        least = plain_error = self._residue(plain)
+        middle = (self.extreme / -128.0).bfloat16().view(torch.int16)
+        for step in _steps(self.scheme):
+            other = (middle + step).view(torch.bfloat16).float()
+            error = self._residue(other)
+            self.scale = torch.where(error < least, other, self.scale)
+            least = torch.minimum(error, least)
+        noise = self._weight_of(plain) * (2.0 * self.scheme.group_size)
+        self._compare(plain, plain_error, least * 1.0625 + noise)
+
+    def _compare(self, plain: Tensor, plain_error: Tensor, limit: Tensor) -> None:
+        """Integers are right to some part of an error: where plain rounding may be better, floats
+        decide.
+        """
+        theirs = self._squares_left(plain) * self._weight_of(plain)
+        ours = self._squares_left(self.scale) * self._weight_of(self.scale)
+        better = (plain_error < limit) & (theirs < ours)
+        self.scale = torch.where(better, plain, self.scale)
+
+    def _fit(self, factor: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Of codes found with this factor: the sum of products with weights, and of squares."""
+        code = self._scaled(factor).add_(_INT4_UNIT // 2).bitwise_right_shift_(11).clamp_(-8, 7)
+        product = self.work[1]
+        dot = self._group_sum(torch.mul(self.n, code, out=product)).float()
+        return dot, self._group_sum(torch.mul(code, code, out=product)).float()
+
+    def _residue(self, scale: Tensor) -> Tensor:
+        """As squares left times _weight_of, from integers: in parts of _INT8_UNIT^2."""
+        t = self._scaled(self._factors_of(scale, _INT8_UNIT))
+        low, high = self.low * _INT8_UNIT, self.high * _INT8_UNIT
+        code = torch.clamp(t, low, high, out=self.work[1]).add_(_INT8_UNIT // 2)
+        difference = t.sub_(code.bitwise_and_(-_INT8_UNIT))
+        return self._group_sum(difference.mul_(difference)).float() * self._weight_of(scale)
+
+    def _factors_of(self, scale: Tensor, unit: int) -> Tensor:
+        return torch.round(self.extreme / scale * float(-unit)).int()
+
+    def _scaled(self, factor: Tensor | int) -> Tensor:
+        """Weights times a factor of 16 bits, rounded: codes in parts of a unit."""
+        product = torch.mul(self.n, factor, out=self.work[0])
+        return product.add_(1 << 14).bitwise_right_shift_(15)
 
     def store(self, packed: Tensor, scale: Tensor) -> None:
         """Write int32 words [r, I * bits / 32] and bf16 scales [r, G]."""
@@ -220,40 +287,21 @@ class _Tile:
 
     def row_errors(self) -> list[float]:
         """Squared error of each row."""
-        return _row_sums(self._error_of(self.scale), self.extreme)
+        return _row_sums(self._squares_left(self.scale), self.scale)
 
     def row_squares(self) -> list[float]:
         """Sum of squares of each row."""
-        torch.mul(self.x, self.extreme.reciprocal(), out=self.t)
-        return _row_sums(self._group_sum(self.t.mul_(self.t)), self.extreme)
+        return _row_sums(self.squares, self.extreme.double() / _EXTREME)
 
-    def _candidates(self) -> Tensor:
-        """Scales [C, r, G] to try."""
-        scales = self.extreme.div(self.quotients).bfloat16()
-        if steps := _steps(self.scheme):
-            middle = (self.extreme / self.low).bfloat16().view(torch.int16)
-            near = [(middle + step).view(torch.bfloat16) for step in steps]
-            scales = torch.cat((scales, torch.stack(near)))
-        return scales.float()
+    def _weight_of(self, scale: Tensor) -> Tensor:
+        return (scale / self.extreme).square_()
 
-    def _error_of(self, scale: Tensor) -> Tensor:
-        """Squared error of each group, [r, G], in units of its squared extreme."""
-        return self._squares_left(scale.reciprocal()) * (scale / self.extreme).square_()
-
-    def _squares_left(self, inverse: Tensor) -> Tensor:
+    def _squares_left(self, scale: Tensor) -> Tensor:
         """Sum of squares of what rounding x / scale leaves, [r, G]: a view of self.t[0]."""
-        code = self._round_to_codes(inverse)
+        code = self._round_to_codes(scale.reciprocal())
         # (t - code)^2 in one pass
         torch.ops.aten.mse_loss.out(self.t, code, 0, out=self.t)
         return self._group_sum(self.t)
-
-    def _refined(self) -> Tensor:
-        """The scale of least squared error for the codes of the best scale so far."""
-        code = self._round_to_codes(self.scale.reciprocal())
-        dot = self._group_sum(self.t.mul_(code)).clone()
-        square = self._group_sum(torch.mul(code, code, out=self.t))
-        # Codes that are all zero (a group stored as zeros) leave the scale as it is.
-        return torch.where(square > 0, _round_to_bf16(self.scale * (dot / square)), self.scale)
 
     def _round_to_codes(self, inverse: Tensor) -> Tensor:
         """x / scale in self.t, and rounded to codes in self.q, which is returned."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from quant.errors import QuantError
 from quant.kernels.cpu.build import LIBRARY
 
-_ABI = 5  # of src/api.cpp
+_ABI = 6  # of src/api.cpp
 BUILD_HINT = (
     "install a C++ compiler (g++ or clang++) and run `python -m quant.kernels.cpu.build`, "
     "or use `--kernels torch`"
@@ -59,12 +59,12 @@ class SearchArgument(ctypes.Structure):
     """`ScaleSearch` of src/types.h."""
 
     _fields_ = (
-        *(("weight", ctypes.c_void_p), ("type", ctypes.c_int), ("groups", ctypes.c_int64)),
-        *(("bits", ctypes.c_int), ("group", ctypes.c_int)),
-        *(("quotients", ctypes.c_void_p), ("count", ctypes.c_int)),
+        *(("weight", ctypes.c_void_p), ("type", ctypes.c_int), ("rows", ctypes.c_int64)),
+        *(("row_groups", ctypes.c_int64), ("bits", ctypes.c_int), ("group", ctypes.c_int)),
+        *(("factors", ctypes.c_void_p), ("count", ctypes.c_int)),
         *(("first_step", ctypes.c_int), ("end_step", ctypes.c_int)),
-        *(("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("errors", ctypes.c_void_p)),
-        *(("squares", ctypes.c_void_p), ("extremes", ctypes.c_void_p)),
+        *(("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p)),
+        *(("row_errors", ctypes.c_void_p), ("row_squares", ctypes.c_void_p)),
     )
 
 

@@ -35,7 +35,7 @@ int guarded(Function function) {
 }  // namespace
 
 // Changes whenever a signature below does.
-MOECLI_API int moecli_abi() { return 5; }
+MOECLI_API int moecli_abi() { return 6; }
 
 // Name number `index` of the kernels that this processor can run, fastest first, or null.
 MOECLI_API const char* moecli_isa(int index) { return kernels_name(index); }
@@ -76,15 +76,16 @@ MOECLI_API int moecli_linear_float(const void* kernels, const float* x, int64_t 
 
 // 2 where a weight is not finite, or too large; what was written then means nothing.
 MOECLI_API int moecli_search_scales(const void* kernels, const ScaleSearch* search, int threads) {
-  constexpr int64_t kGroups = 4096;  // of an item
+  constexpr int64_t kGroups = 4096;  // of an item, which are whole rows
+  const int64_t rows = std::max<int64_t>(1, kGroups / std::max<int64_t>(1, search->row_groups));
   const Kernels& k = *static_cast<const Kernels*>(kernels);
   std::atomic<bool> fine{true};
   const int code = guarded([&] {
     auto body = [&](int64_t item) {
-      const int64_t begin = item * kGroups, end = std::min(begin + kGroups, search->groups);
+      const int64_t begin = item * rows, end = std::min(begin + rows, search->rows);
       if (!k.search_scales(*search, begin, end)) fine = false;
     };
-    const int64_t items = (search->groups + kGroups - 1) / kGroups;
+    const int64_t items = (search->rows + rows - 1) / rows;
     if (threads <= 1) {  // without the pool, whose callers wait for each other
       for (int64_t item = 0; item < items; ++item) body(item);
       return;

@@ -42,17 +42,16 @@ constexpr int64_t padded_size(int64_t head_size) { return (head_size + 15) / 16 
 struct ScaleSearch {
   const uint8_t* weight;
   FloatType type;
-  int64_t groups;
-  int bits;   // 4 or 8
-  int group;  // 32, 64 or 128
-  const float* quotients;  // extreme / scale, of those to try; the first is kept on a tie
+  int64_t rows, row_groups;
+  int bits;                  // 4 or 8
+  int group;                 // 32, 64 or 128
+  const int32_t* factors;    // at 4 bits: -extreme / scale of those to try, in parts of 2048
   int count;
-  int first_step, end_step;  // neighbours in bf16 of extreme / lowest code, to try too
+  int first_step, end_step;  // at 8 bits: neighbours in bf16 of extreme / -128 to try
   uint8_t* packed;
   uint16_t* scale;
-  float* errors;    // of each group: squared error, and sum of squares, in units of its squared
-  float* squares;   // extreme
-  float* extremes;  // largest magnitude, with its sign
+  double* row_errors;   // of each row: squared error
+  double* row_squares;  // and sum of squares
 };
 
 // What one instruction set offers. Activations are quantized to 8 bits in two forms, each made for
@@ -107,7 +106,7 @@ struct Kernels {
   void (*attend)(const Slots& slots, const float* q, int64_t group, float* out, float* most,
                  float* total, float* scores);
 
-  // Groups begin..end-1; false where a weight is not finite, or too large.
+  // Rows begin..end-1; false where a weight is not finite, or too large.
   bool (*search_scales)(const ScaleSearch& search, int64_t begin, int64_t end);
 };
 

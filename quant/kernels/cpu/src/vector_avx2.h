@@ -53,6 +53,9 @@ struct Vec {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F where_less(F a, F b, F less, F other) {
+    return _mm256_blendv_ps(other, less, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
   static float sum(F a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -68,12 +71,40 @@ struct Vec {
   }
 
   static I load_ints(const uint8_t* p) { return load_bytes(p); }
+  static void store_ints(int32_t* p, I a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+  }
   static I repeat_int(const uint8_t* p) { return repeat_4_bytes(p); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static I round(F a) { return _mm256_cvtps_epi32(a); }
   static F power_of_2(I a) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_add_epi32(a, _mm256_set1_epi32(127)), 23));
+  }
+
+  // 16-bit integers, two a lane. A product is divided by 2^15, and rounded; an addition ends where
+  // 16 bits end.
+  static I pair(I low, I high) {
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+  }
+  static I repeat_16(int value) { return _mm256_set1_epi16(short(value)); }
+  static I mul_16(I a, I b) { return _mm256_mulhrs_epi16(a, b); }
+  static I add_16(I a, I b) { return _mm256_adds_epi16(a, b); }
+  static I sub_16(I a, I b) { return _mm256_sub_epi16(a, b); }
+  static I min_16(I a, I b) { return _mm256_min_epi16(a, b); }
+  static I max_16(I a, I b) { return _mm256_max_epi16(a, b); }
+  static I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
+  template <int n>
+  static I shift_16(I a) {
+    return _mm256_srai_epi16(a, n);
+  }
+  // sum + the products of both
+  static I dot_16(I sum, I a, I b) {
+#ifdef __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
   }
 
   // n bf16 values, each spread over L / n lanes.

@@ -48,6 +48,9 @@ struct Vec {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F where_less(F a, F b, F less, F other) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), other, less);
+  }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   // Lane i: the sum of vector i. Halves of two vectors share one, then quarters of four.
   static F sums(const F (&a)[L]) {
@@ -70,6 +73,7 @@ struct Vec {
   }
 
   static I load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_ints(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
   static I repeat_int(const uint8_t* p) { return repeat_4_bytes(p); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I round(F a) { return _mm512_cvtps_epi32(a); }
@@ -77,6 +81,25 @@ struct Vec {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(127)), 23));
   }
+
+  // 16-bit integers, two a lane. A product is divided by 2^15, and rounded; an addition ends where
+  // 16 bits end.
+  static I pair(I low, I high) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16));
+  }
+  static I repeat_16(int value) { return _mm512_set1_epi16(short(value)); }
+  static I mul_16(I a, I b) { return _mm512_mulhrs_epi16(a, b); }
+  static I add_16(I a, I b) { return _mm512_adds_epi16(a, b); }
+  static I sub_16(I a, I b) { return _mm512_sub_epi16(a, b); }
+  static I min_16(I a, I b) { return _mm512_min_epi16(a, b); }
+  static I max_16(I a, I b) { return _mm512_max_epi16(a, b); }
+  static I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
+  template <int n>
+  static I shift_16(I a) {
+    return _mm512_srai_epi16(a, n);
+  }
+  // sum + the products of both
+  static I dot_16(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
   // n bf16 values, each spread over L / n lanes.
   template <int n>

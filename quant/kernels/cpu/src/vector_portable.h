@@ -88,6 +88,9 @@ struct Vec {
   static F max(F a, F b) {
     return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
+  static F where_less(F a, F b, F less, F other) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? less.v[i] : other.v[i]; });
+  }
   static float sum(F a) {
     return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
   }
@@ -100,6 +103,7 @@ struct Vec {
     std::memcpy(out.v, p, sizeof out.v);
     return out;
   }
+  static void store_ints(int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
   static I repeat_int(const uint8_t* p) {
     int32_t value;
     std::memcpy(&value, p, 4);
@@ -122,6 +126,65 @@ struct Vec {
   }
   static F power_of_2(I a) {
     return each([&](int i) { return from_bits(static_cast<uint32_t>(a.v[i] + 127) << 23); });
+  }
+
+  // 16-bit integers, two a lane. A product is divided by 2^15, and rounded; an addition ends where
+  // 16 bits end.
+  template <class Function>
+  static I each_16(I a, I b, Function function) {
+    int16_t x[2 * L], y[2 * L];
+    std::memcpy(x, a.v, sizeof x);
+    std::memcpy(y, b.v, sizeof y);
+    for (int i = 0; i < 2 * L; ++i) x[i] = static_cast<int16_t>(function(x[i], y[i]));
+    std::memcpy(a.v, x, sizeof x);
+    return a;
+  }
+  static int within_16(int a) { return a < -32768 ? -32768 : a > 32767 ? 32767 : a; }
+  static I pair(I low, I high) {
+    int16_t out[2 * L];
+    for (int i = 0; i < L; ++i) {
+      out[2 * i] = static_cast<int16_t>(low.v[i]);
+      out[2 * i + 1] = static_cast<int16_t>(high.v[i]);
+    }
+    std::memcpy(low.v, out, sizeof out);
+    return low;
+  }
+  static I repeat_16(int value) {
+    I one;
+    for (int i = 0; i < L; ++i) one.v[i] = value;
+    return pair(one, one);
+  }
+  static I mul_16(I a, I b) {
+    return each_16(a, b, [](int x, int y) { return (x * y + (1 << 14)) >> 15; });
+  }
+  static I add_16(I a, I b) {
+    return each_16(a, b, [](int x, int y) { return within_16(x + y); });
+  }
+  static I sub_16(I a, I b) {
+    return each_16(a, b, [](int x, int y) { return x - y; });
+  }
+  static I min_16(I a, I b) {
+    return each_16(a, b, [](int x, int y) { return x < y ? x : y; });
+  }
+  static I max_16(I a, I b) {
+    return each_16(a, b, [](int x, int y) { return x > y ? x : y; });
+  }
+  static I and_bits(I a, I b) {
+    return each_16(a, b, [](int x, int y) { return x & y; });
+  }
+  template <int n>
+  static I shift_16(I a) {
+    return each_16(a, a, [](int x, int) { return x >> n; });
+  }
+  // sum + the products of both
+  static I dot_16(I sum, I a, I b) {
+    int16_t x[2 * L], y[2 * L];
+    std::memcpy(x, a.v, sizeof x);
+    std::memcpy(y, b.v, sizeof y);
+    for (int i = 0; i < L; ++i) {
+      sum.v[i] += int32_t(x[2 * i]) * y[2 * i] + int32_t(x[2 * i + 1]) * y[2 * i + 1];
+    }
+    return sum;
   }
 
   static float bf16(const uint8_t* p) {
