@@ -18,6 +18,7 @@ from pathlib import Path
 
 from quant.checkpoint import read_json
 from quant.errors import QuantError
+from quant.file_digests import FileDigests
 from quant.items import SliceReader
 from quant.job import (
     SOURCE_DIRECTORY,
@@ -84,7 +85,8 @@ class _Conversion:
     units: UnitWriter = field(init=False)
     writers: dict[int, ShardWriter] = field(default_factory=dict)  # by number of file
     errors: dict[tuple[int, int], SquaredError] = field(default_factory=dict)  # of finished units
-    digests: dict[str, str] = field(default_factory=dict)  # by file name
+    digests: FileDigests = field(default_factory=FileDigests)
+    files: dict[str, FileRecord] = field(default_factory=dict)  # with tensors
     running: SquaredError = field(default_factory=SquaredError)  # of experts
     sums: dict[str, SquaredError] = field(default_factory=dict)  # by kind: experts, dense
     done_nbytes: int = 0  # of the source
@@ -107,14 +109,15 @@ class _Conversion:
             with writing(partial):
                 journal = Journal(partial / _JOURNAL_FILE, self.key)
             try:
-                self._resume(journal)
-                turns = turns_of(self.job.source, self._missing())
-                self._check_space(turns)
-                with Syncing(journal) as syncing:
-                    self._write_units(turns, journal, syncing)
-                    syncing.begin()
-                    self._take_digests()
-                    syncing.wait()
+                with self.digests:
+                    self._resume(journal)
+                    turns = turns_of(self.job.source, self._missing())
+                    self._check_space(turns)
+                    with Syncing(journal) as syncing:
+                        self._write_units(turns, journal, syncing)
+                        syncing.begin()
+                        self.files = self._file_records()
+                        syncing.wait()
             finally:
                 journal.close()
                 for writer in self.writers.values():
@@ -182,15 +185,16 @@ class _Conversion:
                 continue
             end = placed.offset + placed.unit.nbytes
             with writing(self._path(placed)):
-                digest = self._writer(placed.shard).digest_of(placed.offset, end)
-            if digest == record["digest"]:
+                checksum = self._writer(placed.shard).checksum_of(placed.offset, end)
+            if checksum == record["crc32"]:
                 self._account(placed, SquaredError(*record["error"]), resumed=True)
 
-    def _take_digests(self) -> None:
-        """SHA-256 of whole files, which are written in another order than that of their bytes."""
-        for number, shard in enumerate(self.plan.shards):
-            with writing(self.job.partial / shard.name):
-                self.digests[shard.name] = self._writer(number).digest_of(0, shard.nbytes)
+    def _file_records(self) -> dict[str, FileRecord]:
+        """Of all files when they are complete."""
+        return {
+            shard.name: FileRecord(shard.nbytes, self.digests.take(number))
+            for number, shard in enumerate(self.plan.shards)
+        }
 
     def _missing(self) -> list[PlacedUnit]:
         return [p for p in self.plan.placed if (p.shard, p.number) not in self.errors]
@@ -222,7 +226,7 @@ class _Conversion:
                 {
                     "shard": placed.shard,
                     "unit": placed.number,
-                    "digest": written.digest,
+                    "crc32": written.checksum,
                     "error": [written.error.error, written.error.total],
                 }
             )
@@ -243,6 +247,7 @@ class _Conversion:
         """Count a finished unit and tell about it."""
         unit = placed.unit
         self.errors[placed.shard, placed.number] = error
+        self.digests.add(self._writer(placed.shard), placed)
         self.done_nbytes += unit.source_nbytes
         if unit.of_expert:
             self.running += error
@@ -268,18 +273,13 @@ class _Conversion:
         )
 
     def _manifest(self) -> Manifest:
-        """Of the files with tensors."""
-        files = {
-            shard.name: FileRecord(shard.nbytes, self.digests[shard.name])
-            for shard in self.plan.shards
-        }
         return Manifest(
             job=self.key,
             source=self.job.source.fingerprint,
             layout=self.plan.layout,
             dense_scheme=self.job.dense_scheme,
             squared_errors={kind: (e.error, e.total) for kind, e in self.sums.items()},
-            files=files,
+            files=self.files,
             experts={layer: tuple(table) for layer, table in self.plan.experts.items()},
         )
 

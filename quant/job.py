@@ -10,6 +10,7 @@ from typing import Any
 from quant.checkpoint import Checkpoint
 from quant.items import DenseItem, ExpertItem
 from quant.manifest import FORMAT_VERSION
+from quant.quantize import REVISION
 from quant.scheme import QuantScheme
 from quant.shards import OutputPlan, plan_output
 from quant.supply import AllThere, Supply
@@ -84,6 +85,7 @@ def job_key(job: ConversionJob) -> str:
     """Hash of all that decides the bytes of the result."""
     content = {
         "format": FORMAT_VERSION,
+        "quantizer": REVISION,
         "source": job.source.fingerprint,
         "scheme": asdict(job.scheme),
         "dense_scheme": None if job.dense_scheme is None else asdict(job.dense_scheme),

@@ -25,9 +25,13 @@ from quant.tensor import QuantizedWeight
 
 Method = Literal["searched", "nearest"]
 
-# Weights worked on at once, in three fp32 buffers of 1 MiB: with less, the many small operations
+# Changes whenever the same weights become other integers or scales: then what an interrupted
+# conversion has left cannot be taken up.
+REVISION = 2
+
+# Weights worked on at once, in six buffers of 512 KiB: with less, the many small operations
 # on scales cost more than the cache saves; with twice as much, it is 2x slower.
-_TILE_VALUES = 1 << 18
+_TILE_VALUES = 1 << 17
 # Beyond the one, products of codes and bf16 scales may overflow; below the other, scales lose
 # their digits: such a group is zero for every purpose and is stored as zeros.
 _MAX_MAGNITUDE = 2.0**126
@@ -176,7 +180,7 @@ class _Tile:
         self.low, self.high = -scheme.zero_point, scheme.zero_point - 1
         shape = scheme.group_size, rows, groups
         self.buffers = [torch.empty(shape) for _ in range(3)]
-        self.integers = [torch.empty(shape, dtype=torch.int32) for _ in range(4)]
+        self.integers = [torch.empty(shape, dtype=torch.int32) for _ in range(3)]
 
     def load(self, weight: Tensor) -> None:
         """Take the next rows, [r, I]."""
@@ -197,7 +201,7 @@ class _Tile:
     def search(self) -> None:
         """Leave the best scale found for each group."""
         rows = self.x.shape[1]
-        self.n, self.code, *self.work = (b[:, :rows] for b in self.integers)  # [g, r, G]
+        self.n, *self.work = (b[:, :rows] for b in self.integers)  # [g, r, G]
         by = torch.div(torch.tensor(-float(_EXTREME)), self.extreme)
         self.n.copy_(torch.mul(self.x, by, out=self.t).round_())  # the extreme is -_EXTREME
         torch.mul(self.x, by, out=self.t)
@@ -253,26 +257,23 @@ class _Tile:
 
     def _fit(self, factor: Tensor | int) -> tuple[Tensor, Tensor]:
         """Of codes found with this factor: the sum of products with weights, and of squares."""
-        code = self._scaled(factor).add_(_INT4_UNIT // 2).bitwise_right_shift_(11).clamp_(-8, 7)
-        product = self.work[1]
-        dot = self._group_sum(torch.mul(self.n, code, out=product)).float()
-        return dot, self._group_sum(torch.mul(code, code, out=product)).float()
+        # Rounded twice, in one step: to parts of a code, then to a code.
+        code = torch.mul(self.n, factor, out=self.work[0]).add_((1 << 14) + (1 << 25))
+        code = code.bitwise_right_shift_(15 + 11).clamp_(-8, 7)
+        dot = _exact_sum(torch.mul(self.n, code, out=self.work[1]))
+        return dot, _exact_sum(code.mul_(code))
 
     def _residue(self, scale: Tensor) -> Tensor:
         """As squares left times _weight_of, from integers: in parts of _INT8_UNIT^2."""
-        t = self._scaled(self._factors_of(scale, _INT8_UNIT))
+        t = torch.mul(self.n, self._factors_of(scale, _INT8_UNIT), out=self.work[0])
+        t.add_(1 << 14).bitwise_right_shift_(15)
         low, high = self.low * _INT8_UNIT, self.high * _INT8_UNIT
         code = torch.clamp(t, low, high, out=self.work[1]).add_(_INT8_UNIT // 2)
         difference = t.sub_(code.bitwise_and_(-_INT8_UNIT))
-        return self._group_sum(difference.mul_(difference)).float() * self._weight_of(scale)
+        return _exact_sum(difference.mul_(difference)) * self._weight_of(scale)
 
     def _factors_of(self, scale: Tensor, unit: int) -> Tensor:
         return torch.round(self.extreme / scale * float(-unit)).int()
-
-    def _scaled(self, factor: Tensor | int) -> Tensor:
-        """Weights times a factor of 16 bits, rounded: codes in parts of a unit."""
-        product = torch.mul(self.n, factor, out=self.work[0])
-        return product.add_(1 << 14).bitwise_right_shift_(15)
 
     def store(self, packed: Tensor, scale: Tensor) -> None:
         """Write int32 words [r, I * bits / 32] and bf16 scales [r, G]."""
@@ -315,6 +316,11 @@ class _Tile:
             values[:half].add_(values[half : 2 * half])
             half //= 2
         return values[0]
+
+
+def _exact_sum(values: Tensor) -> Tensor:
+    """Sum of integers [g, r, G] over g, as floats: in any order, as none exceeds 32 bits."""
+    return values.sum(0, dtype=torch.int32).float()
 
 
 def _round_to_bf16(scale: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ class Turn:
 
 
 def turns_of(source: Checkpoint, units: Iterable[PlacedUnit]) -> list[Turn]:
-    """Every file once, in the order of their names; each unit when its last file is there, front to
-    back. A file is held where a weight and its scales, say, lie in different ones.
+    """Every file once, in the order of their names; each unit when its last file is there, in the
+    order of the result, so that its files grow from the front. A file is held where a weight and
+    its scales, say, lie in different ones.
     """
-    placed_units = sorted(units, key=lambda placed: _place(source, placed))
+    placed_units = sorted(units, key=lambda placed: (placed.shard, placed.number))
     needs = [_files_of(source, placed) for placed in placed_units]
     names = sorted(frozenset[str]().union(*needs))
     made: dict[str, list[PlacedUnit]] = {name: [] for name in ("", *names)}
@@ -50,12 +51,3 @@ def files_of(turns: Iterable[Turn]) -> list[FileTurn]:
 def _files_of(source: Checkpoint, placed: PlacedUnit) -> frozenset[str]:
     part = placed.unit.source
     return frozenset() if part is None else source.files_of(part.name)
-
-
-def _place(source: Checkpoint, placed: PlacedUnit) -> tuple[str, int, int, int]:
-    """Where in the source a unit begins."""
-    part = placed.unit.source
-    if part is None:
-        return "", 0, 0, 0
-    info = source.info(part.name)
-    return info.file.name, info.offset, part.index or 0, part.rows[0] if part.rows else 0

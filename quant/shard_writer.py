@@ -1,8 +1,8 @@
 """Knows how to write runs of bytes of a file at their places, in any order, and to check them."""
 
 import errno
-import hashlib
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from quant.errors import QuantError
 from quant.safetensors_file import write_fully
 
-_HASH_NBYTES = 1 << 20
+_READ_NBYTES = 1 << 18
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
 
@@ -35,35 +35,35 @@ class ShardWriter:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
-        self._hash = hashlib.sha256()
+        self.checksum = 0  # CRC-32 of what was written since `begin`
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if os.fstat(self._descriptor).st_size > nbytes:
             os.ftruncate(self._descriptor, nbytes)
 
     def begin(self, offset: int) -> None:
         """What is written next goes to `offset` and on."""
-        self._hash = hashlib.sha256()
+        self.checksum = 0
         os.lseek(self._descriptor, offset, os.SEEK_SET)
 
     def write(self, data: bytes | memoryview) -> None:
         write_fully(self._descriptor, data)
-        self._hash.update(data)
+        self.checksum = zlib.crc32(data, self.checksum)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what was written since `begin`."""
-        return self._hash.hexdigest()
+    def read_into(self, memory: memoryview, offset: int) -> int:
+        """How many bytes were read: less than asked for where the file is shorter."""
+        return os.preadv(self._descriptor, [memory], offset)
 
-    def digest_of(self, start: int, end: int) -> str:
-        """SHA-256 of what is in the file; of less where the file is shorter."""
-        digest = hashlib.sha256()
+    def checksum_of(self, start: int, end: int) -> int:
+        """CRC-32 of what is in the file; of less where the file is shorter."""
+        checksum = 0
+        memory = memoryview(bytearray(_READ_NBYTES))
         while start < end:
-            block = os.pread(self._descriptor, min(_HASH_NBYTES, end - start), start)
-            if not block:
+            count = self.read_into(memory[: min(_READ_NBYTES, end - start)], start)
+            if not count:
                 break
-            digest.update(block)
-            start += len(block)
-        return digest.hexdigest()
+            checksum = zlib.crc32(memory[:count], checksum)
+            start += count
+        return checksum
 
     def sync(self) -> None:
         os.fsync(self._descriptor)

@@ -21,10 +21,10 @@ from quant.workers import Workers
 
 @dataclass(frozen=True)
 class WrittenUnit:
-    """A unit whose bytes are at their place, their SHA-256, and the error of quantizing it."""
+    """A unit whose bytes are at their place, their CRC-32, and the error of quantizing it."""
 
     placed: PlacedUnit
-    digest: str
+    checksum: int
     error: SquaredError
 
 
@@ -80,7 +80,7 @@ class UnitWriter:
                     for scale in scales:
                         writer.write(memory_of(scale))
             if made.block.is_last:
-                yield WrittenUnit(placed, writer.digest, error)
+                yield WrittenUnit(placed, writer.checksum, error)
 
     def _blocks(self, units: Iterable[PlacedUnit]) -> Iterator[_Block]:
         for placed in units:
