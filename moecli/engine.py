@@ -16,6 +16,7 @@ from moecli.events import Event
 from moecli.favourites import Favourites
 from moecli.footprint import expert_layout
 from moecli.generation import Runtime, forward_together, generate
+from moecli.markup import Splitter
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
@@ -50,6 +51,7 @@ from offload.trace import Trace
 from quant.checkpoint import QuantizedCheckpoint, read_json
 
 DEFAULT_CTX = 8192
+_PROMPT_END = 16  # tokens at the end of a prompt, in which it may begin the reasoning
 Message = dict[str, Any]  # `role`, `content`, and of some `images`: Pictures
 Notify = Callable[[str], None]
 
@@ -187,14 +189,28 @@ class Engine:
         often be divided into other tokens when encoded anew, and then computed anew.
         """
         pictures = [picture for message in messages for picture in message.get("images", ())]
-        text = self.tokenizer.render(map(_in_parts, messages), add_generation_prompt=True)
+        text = self.tokenizer.render(map(self._for_template, messages), add_generation_prompt=True)
         if pictures:
             text = spread(text, [picture.text for picture in pictures])
-        if session is not None and session.tokens:
-            held = self.tokenizer.decode(session.tokens, skip_special=False)
-            if text.startswith(held):
-                return [*session.tokens, *self.tokenizer.encode(text[len(held) :])]
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode_after(session.tokens if session is not None else [], text)
+
+    def splitter(self, token_ids: list[int]) -> Splitter:
+        """What divides the answer to this context into reasoning and the rest."""
+        end = self.tokenizer.decode(token_ids[-_PROMPT_END:], skip_special=False)
+        return self.tokenizer.markup.splitter(end)
+
+    def _for_template(self, message: Message) -> Message:
+        """A message as chat templates take it: pictures first, reasoning as they want it."""
+        if message["role"] == "assistant":
+            fields = self.tokenizer.markup.fields(message["content"])
+            return {"role": "assistant", **fields}
+        if not message.get("images"):
+            return message
+        parts = [*({"type": "image"} for _ in message["images"])]
+        return {
+            "role": message["role"],
+            "content": [*parts, {"type": "text", "text": message["content"]}],
+        }
 
     def generate(
         self,
@@ -308,17 +324,6 @@ def _disk(checkpoint: QuantizedCheckpoint, spec: ModelFacts, plan: MemoryPlan) -
         for expert in range(spec.num_experts)
     }
     return DiskTier(spans, drop_cache=plan.drop_cache)
-
-
-def _in_parts(message: Message) -> Message:
-    """A message as chat templates take it: its pictures come first."""
-    if not message.get("images"):
-        return message
-    parts = [*({"type": "image"} for _ in message["images"])]
-    return {
-        "role": message["role"],
-        "content": [*parts, {"type": "text", "text": message["content"]}],
-    }
 
 
 def _eye(checkpoint: QuantizedCheckpoint, spec: ModelFacts, decoder: TextDecoder) -> Eye | None:

@@ -76,6 +76,7 @@ def generate(
     reason: FinishReason | None = "cancelled" if logits is None else None
     computed = len(session.tokens) - cached
     if logits is not None:
+        session.cache.remember()
         with closing(runtime.tokens(session, logits, sampling)) as tokens:
             for token in tokens:
                 meter.token()

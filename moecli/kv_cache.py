@@ -3,9 +3,11 @@
 A full layer keeps every position. A chunked layer keeps one absolute chunk in a ring, slot =
 position % chunk: the next chunk overwrites it from slot 0, so that what a token sees is always one
 contiguous run. A sliding layer keeps one window in a ring, slot = position % window: a single token
-sees all of it, in whatever order; several see copies in order. A latent layer keeps one vector for
-the keys and values of all heads. All memory is taken at once; in main memory pages are mapped only
-as they are first written. Stored as int8, every key and value has a scale of its own.
+sees all of it, in whatever order; several see copies in order. Windows that have moved on cannot go
+back, so they are kept a second time as they were where a prompt ended: the next turn's may leave
+out what followed. A latent layer keeps one vector for the keys and values of all heads. All memory
+is taken at once; in main memory pages are mapped only as they are first written. Stored as int8,
+every key and value has a scale of its own.
 """
 
 from collections.abc import Iterator
@@ -51,6 +53,11 @@ class KvCache:
         self._scales = [  # per layer [2, kv heads, capacity]; none unless int8
             torch.empty(storage.shape[:-1], dtype=SCALE_DTYPE, device=device) for storage in scaled
         ]
+        moving = [i for i in range(spec.num_layers) if spec.kv_copies(i, ctx) > 1]
+        parts = [self._storage, self._scales] if scaled else [self._storage]
+        self._windows = [part[i] for part in parts for i in moving]
+        self._kept_windows = [torch.empty_like(window) for window in self._windows]
+        self._remembered = 0  # tokens before the moment of which the windows are kept; 0: of none
         self._length = 0
         self._written = 0  # end of the newest write: which chunk the rings hold
 
@@ -61,7 +68,7 @@ class KvCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self._storage, *self._scales))
+        return sum(part.nbytes for part in (*self._storage, *self._scales, *self._kept_windows))
 
     @property
     def attention_dtype(self) -> torch.dtype:
@@ -87,17 +94,32 @@ class KvCache:
         """Forget all tokens from `length` on; returns how many are really kept.
 
         That is fewer when the rings no longer hold the chunk `length` lies in: then the start of
-        that chunk; or the window before `length`: then none. The caller computes the difference
-        again.
+        that chunk; or the window before `length`: then what `remember` was called after, or none.
+        The caller computes the difference again.
         """
         assert 0 <= length <= self._length, f"truncate {self._length} tokens to {length}"
         self._length = self._keepable(length)
+        if self._length < length and 0 < self._remembered <= length + 1:
+            for window, kept in zip(self._windows, self._kept_windows, strict=True):
+                window.copy_(kept)
+            self._written = self._remembered
+            self._length = min(length, self._remembered)
         return self._length
+
+    def remember(self) -> None:
+        """Make that one can come back to here, or to one token less, from any later moment."""
+        assert self._written == self._length, "in the middle of a step, or behind it"
+        if self._windows:
+            for window, kept in zip(self._windows, self._kept_windows, strict=True):
+                kept.copy_(window)
+            self._remembered = self._length
 
     def begin(self, start: int, count: int) -> None:
         """Announce a write of `count` tokens at `start`, which must be the length."""
         assert start == self._length, f"tokens at {start} after {self._length} in the KV cache"
         assert start + count <= self.ctx, f"{start + count} tokens in a KV cache of {self.ctx}"
+        if start < self._remembered:
+            self._remembered = 0  # other tokens come where those were
         self._written = start + count
         self._length = self._keepable(start)
 

@@ -1,5 +1,7 @@
 """Knows when an answer's text has reached a stop string; knows no tokens."""
 
+from collections.abc import Iterable
+
 
 class StopFilter:
     """Passes text through and holds back what may yet turn out to be a stop string."""
@@ -18,7 +20,7 @@ class StopFilter:
         if found:
             self.stopped = True
             return self._take(min(found))
-        return self._take(len(self._held) - self._doubtful())
+        return self._take(len(self._held) - doubtful(self._held, self._stops))
 
     def flush(self) -> str:
         """What was held back, once no more text can come."""
@@ -28,12 +30,13 @@ class StopFilter:
         text, self._held = self._held[:length], self._held[length:]
         return text
 
-    def _doubtful(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+def doubtful(text: str, marks: Iterable[str]) -> int:
+    """Length of the longest end of `text` that begins one of `marks` and is not all of it."""
+    longest = 0
+    for mark in marks:
+        for length in range(min(len(mark) - 1, len(text)), longest, -1):
+            if text.endswith(mark[:length]):
+                longest = length
+                break
+    return longest

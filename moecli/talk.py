@@ -6,17 +6,23 @@ Knows no commands; what a person types is read elsewhere.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecli.answering import stream_answer
+from moecli.answering import Answer, StreamWriter, stream_answer
 from moecli.chat import Conversation
 from moecli.config import SamplingConfig
 from moecli.errors import MoecliError
-from moecli.events import Finished, GenerationStats
+from moecli.events import FinishReason, GenerationStats
 from moecli.terminal import say
 
 if TYPE_CHECKING:
     from moecli.engine import Engine
     from moecli.session import Session
     from moecli.vision.picture import Picture, PictureReader
+
+_WHY: dict[FinishReason, str] = {
+    "cancelled": "stopped",
+    "length": "`max_tokens` were thought",
+    "context": "the context was full",
+}
 
 
 class Talk:
@@ -84,23 +90,26 @@ class Talk:
         """Stream the answer to the last question; whether there is one."""
         try:
             token_ids = self.engine.encode_chat(self.conversation.messages, self.session)
-            finished = stream_answer(
+            answer = stream_answer(
                 lambda cancelled: self.engine.generate(
                     *(self.session, token_ids, self.sampling, cancelled),
                     self.conversation.pictures,
-                )
+                ),
+                self.engine.splitter(token_ids),
+                StreamWriter(),
             )
         except MoecliError:  # told before anything was computed
             raise
         except BaseException:
             self.session.reset()  # the KV cache may hold half a step
             raise
-        self.last = finished.stats
-        return self._keep(finished)
+        self.last = answer.finished.stats
+        return self._keep(answer)
 
-    def _keep(self, finished: Finished) -> bool:
-        if finished.reason == "cancelled" and not finished.text:
-            say("stopped before the answer began; the question is taken back")
+    def _keep(self, answer: Answer) -> bool:
+        finished = answer.finished
+        if answer.never_began:
+            say(f"{_WHY[finished.reason]} before the answer began; the question is taken back")
             return False
         self.conversation.answer(finished.text)
         if finished.reason == "context":

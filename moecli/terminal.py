@@ -46,9 +46,14 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 _PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 
+def for_terminal(text: str) -> str:
+    """Model text as a terminal may have it."""
+    return text.translate(_PICTURES)
+
+
 def write_text(text: str) -> None:
     """Model text, at once, never through markup; piped, exactly as it is."""
-    sys.stdout.write(text.translate(_PICTURES) if is_terminal(sys.stdout) else text)
+    sys.stdout.write(for_terminal(text) if is_terminal(sys.stdout) else text)
     sys.stdout.flush()
 
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from moecli.chat_template import ChatTemplate
 from moecli.errors import MoecliError
+from moecli.markup import markup_of
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _DAMAGED_HINT = "download the file again"
@@ -24,13 +25,23 @@ class Tokenizer:
     """The tokenizer of one checkpoint."""
 
     def __init__(
-        self, backend: Backend, template: ChatTemplate | None, eos_ids: frozenset[int]
+        self,
+        backend: Backend,
+        template: ChatTemplate | None,
+        eos_ids: frozenset[int],
+        named: Iterable[str],
     ) -> None:
         self.backend = backend
         self.template = template
         self.eos_ids = eos_ids
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added = backend.get_added_tokens_decoder()
+        # Tokens that end an answer, or begin and pad a text, are no part of it. Other special
+        # tokens are: they say what is reasoning and what calls a tool.
+        self.silent_ids = eos_ids | {backend.token_to_id(name) for name in named}
+        self.markup = markup_of(
+            lambda name: backend.token_to_id(name) is not None,
+            "" if template is None else template.source,
+        )
 
     @classmethod
     def open(cls, directory: Path) -> "Tokenizer":
@@ -53,7 +64,7 @@ class Tokenizer:
         special = _special_tokens(_read_json(directory / "special_tokens_map.json") | config)
         source = _template_source(directory, config)
         template = None if source is None else ChatTemplate(source, special)
-        return cls(backend, template, _eos_ids(directory, backend, special))
+        return cls(backend, template, _eos_ids(directory, backend, special), special.values())
 
     @property
     def vocab_size(self) -> int:
@@ -68,6 +79,32 @@ class Tokenizer:
         """
         ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
         return ids
+
+    def encode_after(self, held: Sequence[int], text: str) -> list[int]:
+        """Tokens of a text, with as many as can be of those `held` where they say the same.
+
+        An answer would often be divided into other tokens when encoded anew. Where the text goes
+        on otherwise, only what lies before an added token is kept: there any text is divided.
+        """
+        same = self._num_same(held, text)
+        if same < len(held):
+            same = next((i for i in range(same - 1, 0, -1) if self.is_added(held[i])), 0)
+        said = self.decode(held[:same], skip_special=False)
+        assert text.startswith(said), "what is held is the beginning of the text"
+        return [*held[:same], *self.encode(text[len(said) :])]
+
+    def _num_same(self, held: Sequence[int], text: str) -> int:
+        """How many of the tokens held the text begins with, fewer where some are no characters."""
+        if text.startswith(self.decode(held, skip_special=False)):
+            return len(held)
+        low, high = 0, len(held) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if text.startswith(self.decode(held[:middle], skip_special=False)):
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -94,9 +131,18 @@ class Tokenizer:
     def detokenizer(self) -> "Detokenizer":
         return Detokenizer(self)
 
+    def is_added(self, token: int) -> bool:
+        """Whether it is found whole in any text, which is divided there before all else."""
+        return token in self._added
+
+    def special_text(self, token: int) -> str | None:
+        """The name of a special token; None for any other."""
+        added = self._added.get(token)
+        return added.content if added is not None and added.special else None
+
 
 class Detokenizer:
-    """Text of tokens that arrive one by one: whole characters only, special tokens left out.
+    """Text of tokens that arrive one by one, in whole characters, without the silent tokens.
 
     What may still become a character is held back; bytes that cannot any more become U+FFFD.
     """
@@ -108,8 +154,10 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Characters that have become certain, perhaps none."""
-        if token in self._tokenizer.special_ids:
+        if token in self._tokenizer.silent_ids:
             return self.finish()
+        if (name := self._tokenizer.special_text(token)) is not None:
+            return self.finish() + name
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         if not text.endswith(_REPLACEMENT):

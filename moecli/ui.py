@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from moecli.events import GenerationStats
 from moecli.progress import ConversionLines, PullLines, time_left
-from moecli.terminal import bold, dim, has_colors, is_terminal, say, styled
+from moecli.terminal import bold, dim, for_terminal, has_colors, is_terminal, say, styled
 from moecli.units import format_bandwidth, format_nbytes, format_seconds
 
 if TYPE_CHECKING:
@@ -120,6 +120,30 @@ def counting_line(doing: str, things: str) -> Iterator[CountingLine]:
         yield line
     finally:
         line.stop()
+
+
+class Thoughts:
+    """A model's reasoning, on stderr where that is a terminal: dim, between two lines of ours."""
+
+    def __init__(self) -> None:
+        self._open = False
+
+    def write(self, text: str) -> None:
+        if not is_terminal(sys.stderr):
+            return
+        if not self._open:
+            self._say("Thinking...\n")
+            self._open = True
+        self._say(for_terminal(text))
+
+    def end(self) -> None:
+        if self._open:
+            self._say("\n...done thinking.\n\n")
+            self._open = False
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(dim(text, sys.stderr))
+        sys.stderr.flush()
 
 
 def stats_line(stats: GenerationStats) -> str:

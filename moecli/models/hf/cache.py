@@ -61,6 +61,9 @@ class HfCache:
         self._length = length
         return length
 
+    def remember(self) -> None:
+        """Nothing is kept twice: what cannot go back is computed anew."""
+
 
 class RoomyLayer(DynamicLayer):
     """A DynamicLayer that has memory for all tokens from the start, instead of copying at each.
