@@ -150,9 +150,7 @@ class _Step:
         )
         self.reference = ctypes.byref(self.argument)
 
-    def begin(
-        self, hidden: Tensor, step: BatchStep, places: Sequence["ctypes.Array[Any]"]
-    ) -> None:
+    def begin(self, hidden: Tensor, step: BatchStep, places: Sequence["ctypes.Array[Any]"]) -> None:
         """These tokens come next; the tensors must live as long as the step."""
         assert hidden.dtype == torch.float32, f"hidden states of {hidden.dtype}"
         assert hidden.is_contiguous(), "hidden states with gaps"

@@ -118,15 +118,15 @@ class Library:
         code = self._dll.moecli_search_scales(self._kernels, ctypes.byref(search), threads)
         return _checked(code) != _NOT_FINITE
 
-    def step(self, decoder: object, step: object, first: int, delta: int | None, threads: int) -> int:
+    def step(
+        self, decoder: object, step: object, first: int, delta: int | None, threads: int
+    ) -> int:
         """The layer that somebody else must finish, or how many there are.
 
         `decoder` and `step`: references (`ctypes.byref`) to arguments of quant.kernels.cpu.few.
         """
         at = ctypes.c_int64(first)
-        code = self._dll.moecli_step(
-            self._kernels, decoder, step, ctypes.byref(at), delta, threads
-        )
+        code = self._dll.moecli_step(self._kernels, decoder, step, ctypes.byref(at), delta, threads)
         _checked(code)
         return at.value
 
