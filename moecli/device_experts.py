@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moecli.expert_math import ExpertMath, address_table
 from moecli.models.config import ModelSpec
-from moecli.models.provider import Pending
+from moecli.models.provider import Pending, Resident
 from offload.device_cache import DeviceCache
 from offload.host_lane import HostLane
 from offload.manager import ExpertManager
@@ -227,6 +227,10 @@ class DeviceExperts:
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         if topk_ids.shape[0] > DECODE_TOKENS:
             self.stream.prefetch(layer, topk_ids)
+
+    def resident(self, layer: int) -> Resident | None:
+        """Experts come and go."""
+        return None
 
 
 def _distinct(ids: Tensor) -> list[int]:

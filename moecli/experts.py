@@ -4,6 +4,7 @@ Legend: T tokens, k choices a token, n choices of one group of experts, H hidden
 layer.
 """
 
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from moecli.expert_math import address_table
 from moecli.gated import Gate, gated_experts
 from moecli.models.facts import ModelFacts
+from moecli.models.provider import Resident
+from offload.lease import Lease
 from offload.manager import ExpertManager
 from offload.stream import Stream
 from offload.usage import ExpertUsage
@@ -50,6 +53,8 @@ class OffloadedExperts:
         self._biases, self._activation = biases or {}, activation
         self._stream: Stream | None = None  # the newest
         self._guess: tuple[int, list[int]] | None = None  # a layer and its experts
+        stay = manager.stays and not self._gates
+        self._residents = {layer: self._resident(layer) for layer in spec.moe_layers if stay}
         total = len(spec.moe_layers) * spec.num_experts
         # With fewer slots a guess is evicted before it is asked for: on the demo model 84% of
         # what 2 slots read ahead was wasted, 26% of what 12 did.
@@ -74,7 +79,22 @@ class OffloadedExperts:
             self._gates.get(layer),
             {"biases": self._biases.get(layer), "activation": self._activation},
         )
-        return PendingExperts(self._stream, len(wanted), choices, self._send_guess_beside)
+        return PendingExperts(self._stream, len(wanted), choices, self._work_beside)
+
+    def resident(self, layer: int) -> Resident | None:
+        """Where experts lie that have come; None where they may go again."""
+        return self._residents.get(layer)
+
+    def _resident(self, layer: int) -> Resident:
+        return Resident(
+            addresses=array("q", bytes(8 * self._spec.num_experts)),
+            asked=self._usage.row(layer),
+            hits=self._manager.unasked_hits,
+            layout=self._layout,
+            activation=self._activation,
+            weight_on_input=self._spec.weight_on_input,
+            biases=self._biases.get(layer),
+        )
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """What `layer` will probably choose, [T, k]; the likeliest, as many as can be kept."""
@@ -85,8 +105,11 @@ class OffloadedExperts:
         if layer - 1 not in self._spec.moe_layers:
             self._send_guess(most)  # nothing else is under way
 
-    def _send_guess_beside(self, stream: Stream) -> None:
-        """Send for as much of it as this layer leaves slots for."""
+    def _work_beside(self, stream: Stream, lease: Lease | None) -> None:
+        """Remember what came, where it stays; send for as much of a guess as there is room for."""
+        if lease is not None and (resident := self._residents.get(lease.layer)) is not None:
+            for expert, address in lease.addresses.items():
+                resident.addresses[expert] = address
         if self._guess is not None:
             self._send_guess(stream.room)
 
@@ -172,18 +195,18 @@ class PendingExperts:
         stream: Stream,
         num_wanted: int,
         choices: Choices,
-        beside: Callable[[Stream], None],
+        beside: Callable[[Stream, Lease | None], None],
     ) -> None:
-        """`beside` is called whenever the layer may have come to need fewer slots."""
+        """`beside` is told whenever the layer may have come to need fewer slots, and of a lease."""
         self._stream, self._num_wanted = stream, num_wanted
         self._choices, self._beside = choices, beside
-        beside(stream)
+        beside(stream, None)
 
     def result(self) -> Tensor:
         """[T, H]: computes group after group, while the next ones come."""
         for lease in self._stream:
             with lease:
-                self._beside(self._stream)
+                self._beside(self._stream, lease)
                 if len(lease.addresses) == self._num_wanted:
                     return self._choices.compute_all(lease.addresses)
                 self._choices.compute(lease.addresses)

@@ -11,12 +11,19 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moecli.config import SamplingConfig
 from moecli.errors import MoecliError
 
 _FIRST_GUESS = 256  # how many of the likeliest tokens usually hold all that top-p keeps
+_RUN = 512  # tokens whose probabilities are added up before it is known which of them is drawn
+_MAXIMA_A_TOKEN = 16  # parts of a vocabulary for each token that is looked for: see `_largest`
+_NEAR = 2.0**-20  # of a logit: what is nearer to it may equal it once divided by the temperature
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
 
 
 def new_generator(seed: int | None) -> torch.Generator:
@@ -34,17 +41,18 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -
 
     Raises MoecliError where the largest logit is no finite number.
     """
-    values = logits.float().numpy()
+    values: Floats = logits.float().numpy()
     likeliest = int(values.argmax())  # what is no number counts as the largest
-    if not math.isfinite(values[likeliest]):
+    most = float(values[likeliest])
+    if not math.isfinite(most):
         raise bad_logits()
     if config.temperature == 0:
         return likeliest
+    point = float(torch.rand(1, generator=generator, dtype=torch.float64))
+    if config.top_k == 0 and config.top_p == 1 and config.min_p == 0:
+        return _draw(_exponentials(values, most, config.temperature), point)
     ids, probabilities = candidates(logits, config)
-    cumulative = probabilities.double().cumsum(0)
-    point = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, point, right=True))
-    return int(ids[min(index, len(ids) - 1)])
+    return int(ids[_draw(probabilities, point)])
 
 
 def bad_logits() -> MoecliError:
@@ -54,47 +62,88 @@ def bad_logits() -> MoecliError:
     )
 
 
-def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Tokens that may be drawn and their probabilities, which sum to one: ids [n], fp32 [n]."""
+def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Ids, Floats]:
+    """Tokens that may be drawn and their probabilities, which sum to one: [n] each."""
     assert config.temperature > 0, "temperature 0 draws nothing"
-    scores = torch.from_numpy(logits.float().numpy() / config.temperature)  # [V]
-    if config.top_k == 0 and config.top_p == 1 and config.min_p == 0:
-        return torch.arange(len(scores)), scores.softmax(0)
+    values: Floats = logits.float().numpy()
+    most = float(values.max())
     if config.top_k:
-        values, ids = _top_k(scores, config.top_k)
-        ids, kept = _filter(ids, values, values.softmax(0), config)
-        return ids, kept.softmax(0)
-    total, count = _log_sum_exp(scores), min(_FIRST_GUESS, len(scores))
+        ids, weights = _likeliest(values, most, config.temperature, config.top_k)
+        return _filtered(ids, weights, float(weights.sum()), config)
+    weights = _exponentials(values, most, config.temperature)  # [V]
+    total = float(weights.sum())
+    if config.top_p == 1 and config.min_p == 0:
+        return np.arange(len(values)), weights / np.float32(total)
+    count = min(_FIRST_GUESS, len(values))
     while True:
-        values, ids = scores.topk(count)
-        some_ids, kept = _filter(ids, values, (values - total).exp(), config)
-        if len(kept) < count or count == len(scores):
-            return some_ids, kept.softmax(0)
-        count = min(8 * count, len(scores))
+        ids, weights = _likeliest(values, most, config.temperature, count)
+        some_ids, kept = _filtered(ids, weights, total, config)
+        if len(some_ids) < len(ids) or len(ids) == len(values):
+            return some_ids, kept
+        count = min(8 * count, len(values))
 
 
-def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest, sorted, and all that equal the smallest of them."""
-    values, ids = scores.topk(min(k, len(scores)))
-    count = int(np.count_nonzero(scores.numpy() >= values[-1].item()))
-    if count > len(values):
-        values, ids = scores.topk(count)
-    return values, ids
+def _exponentials(values: Floats, most: float, temperature: float) -> Floats:
+    """exp((value - most) / temperature): as probabilities are to the largest of them."""
+    scaled = values - np.float32(most)
+    scaled /= np.float32(temperature)
+    result: Floats = np.exp(scaled, out=scaled)
+    return result
 
 
-def _log_sum_exp(scores: Tensor) -> float:
-    most = scores.numpy().max()
-    return float(most + np.log(np.exp(scores.numpy() - most).sum()))
+def _draw(weights: Floats, point: float) -> int:
+    """Where `point`, of 0 to 1, lies among weights [n], laid end to end; one that is not zero."""
+    ends = np.add.reduceat(weights, np.arange(0, len(weights), _RUN)).cumsum(dtype=np.float64)
+    aim = point * float(ends[-1])
+    run = _first_beyond(ends, aim)
+    inside = weights[run * _RUN : (run + 1) * _RUN].cumsum(dtype=np.float64)
+    return run * _RUN + _first_beyond(inside, aim - (float(ends[run - 1]) if run else 0.0))
 
 
-def _filter(
-    ids: Tensor, scores: Tensor, probabilities: Tensor, config: SamplingConfig
-) -> tuple[Tensor, Tensor]:
-    """Top-p and min-p on the likeliest tokens, sorted; the first always stays."""
-    keep = torch.ones_like(ids, dtype=torch.bool)
+def _first_beyond(ends: NDArray[np.float64], aim: float) -> int:
+    """Of ascending ends, the first beyond; the first to reach the last one where that is none."""
+    return min(int(ends.searchsorted(aim, side="right")), int(ends.searchsorted(ends[-1])))
+
+
+def _likeliest(values: Floats, most: float, temperature: float, count: int) -> tuple[Ids, Floats]:
+    """The `count` largest and all that equal the last of them: ids and `_exponentials`, sorted."""
+    ids = _largest(values, min(count, len(values)))
+    weights = _exponentials(values[ids], most, temperature)
+    scaled = values[ids] / np.float32(temperature)
+    kept = int(np.count_nonzero(scaled >= scaled[min(count, len(ids)) - 1]))
+    return ids[:kept], weights[:kept]
+
+
+def _largest(values: Floats, count: int) -> Ids:
+    """The `count` largest, sorted, and after them perhaps others.
+
+    So many parts of a vocabulary have their largest at or above a border; then so many tokens lie
+    there, and few besides. Only these are sorted.
+    """
+    width = max(_RUN, _MAXIMA_A_TOKEN * count)
+    depth = len(values) // width
+    if depth < 2:
+        return np.argsort(-values, kind="stable")
+    maxima = values[: depth * width].reshape(depth, width).max(axis=0)
+    border = np.partition(maxima, width - count)[width - count]
+    ids = np.flatnonzero(values >= border - abs(border) * np.float32(_NEAR))
+    return ids[np.argsort(-values[ids], kind="stable")]
+
+
+def _filtered(
+    ids: Ids, weights: Floats, total: float, config: SamplingConfig
+) -> tuple[Ids, Floats]:
+    """Top-p and min-p on the likeliest tokens, sorted; the first always stays.
+
+    `total`: of the weights of all tokens. The probabilities of those that stay sum to one.
+    """
+    probabilities = weights / np.float32(total)
+    count = len(ids)
     if config.top_p < 1:  # a token stays while those before it do not make up top-p
-        keep &= probabilities.cumsum(0) - probabilities < config.top_p
+        before = probabilities.cumsum() - probabilities
+        count = int(np.count_nonzero(before < config.top_p))
     if config.min_p > 0:
-        keep &= probabilities >= config.min_p * probabilities[0]
-    keep[0] = True
-    return ids[keep], scores[keep]
+        likely = probabilities >= config.min_p * probabilities[0]
+        count = min(count, int(np.count_nonzero(likely)))
+    kept = weights[: max(count, 1)]
+    return ids[: len(kept)], kept / kept.sum()

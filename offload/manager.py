@@ -5,6 +5,7 @@ experts in the tier it wants them in before anything is read, so what a lease co
 """
 
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -61,11 +62,22 @@ class ExpertManager:
         self._helps = num_workers > 0 and disk.max_nbytes >= HELP_NBYTES
         self._step = 0
         self._closed = False
+        self.unasked_hits = array("q", [0])  # int64 [1]: hits of those who did not ask; see `stays`
 
     @property
     def keep(self) -> bool:
         """Whether experts stay after the request that brought them."""
         return self._keep
+
+    @property
+    def stays(self) -> bool:
+        """Whether an expert that came stays where it is for good, with a slot for every one.
+
+        Whoever knows where it is need not ask for it again, and counts in `unasked_hits`. Nothing
+        is ever evicted, so that nobody misses when it was used last. A trace wants to be asked.
+        """
+        enough = self._keep and self._top.capacity >= len(self._disk.keys)
+        return enough and self._device is None and self.trace is None
 
     @property
     def capacity(self) -> int:
@@ -77,8 +89,10 @@ class ExpertManager:
         host, top = self._host, self._top
         two_tiers = top is not host
         with self._lock:
+            counts = asdict(self._counts)
+            counts["hits"] += self.unasked_hits[0]
             return CacheStats(
-                **asdict(self._counts),
+                **counts,
                 evictions=top.evictions,
                 host_evictions=host.evictions if two_tiers else 0,
                 prefetch_hits=host.ahead_used,

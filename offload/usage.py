@@ -6,6 +6,7 @@ the experts that were wanted most.
 
 import json
 import os
+from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ class ExpertUsage:
     """Requests of each expert of each layer; a request is one expert in one step of one layer."""
 
     def __init__(self, layers: Iterable[int], num_experts: int) -> None:
-        self._counts = {layer: [0] * num_experts for layer in layers}
+        self._counts = {layer: array("q", bytes(8 * num_experts)) for layer in layers}
         self._num_experts = num_experts
 
     def add(self, layer: int, experts: Iterable[int]) -> None:
@@ -30,11 +31,16 @@ class ExpertUsage:
         for expert in experts:
             counts[expert] += 1
 
+    def row(self, layer: int) -> "array[int]":
+        """Requests of each expert of a layer, int64 [E], where whoever is quick may count too."""
+        return self._counts[layer]
+
     def add_counts(self, counts: Mapping[int, list[int]]) -> None:
         """layer -> requests of each expert."""
         for layer, row in counts.items():
             assert len(row) == self._num_experts, f"{len(row)} counts in layer {layer}"
-            self._counts[layer] = [a + b for a, b in zip(self._counts[layer], row, strict=True)]
+            for expert, count in enumerate(row):
+                self._counts[layer][expert] += count
 
     @property
     def counts(self) -> dict[int, list[int]]:
@@ -61,7 +67,7 @@ class ExpertUsage:
         Raises OffloadError where that cannot be done.
         """
         content = {"format": _FORMAT, "version": _VERSION}
-        counts = {str(layer): row for layer, row in self._counts.items()}
+        counts = {str(layer): list(row) for layer, row in self._counts.items()}
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

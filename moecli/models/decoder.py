@@ -188,6 +188,10 @@ class Decoder:
         hidden = self.embedding(token_ids)  # [T, H]
         if patches is not None:
             hidden.index_copy_(0, patches.rows, patches.embeddings.to(hidden))
+        if isinstance(step, BatchStep):
+            few = self._few_tokens()
+            if few is not None and few.takes(step):
+                return few.logits(hidden, step)
         delta = self._all_layers(hidden, step)
         if step.rows is not None:
             hidden, delta = hidden[step.rows], delta[step.rows]
@@ -196,10 +200,6 @@ class Decoder:
 
     def _all_layers(self, hidden: Tensor, step: Step) -> Tensor:
         """What the last layer adds to `hidden` [T, H], which becomes what it is added to."""
-        if isinstance(step, BatchStep):
-            few = self._few_tokens()
-            if few is not None and few.takes(step):
-                return few(hidden, step)
         delta: Tensor | None = None
         for layer in self.layers:
             delta = layer(hidden, delta, step)
@@ -212,5 +212,5 @@ class Decoder:
         if library is None or self.dtype != torch.float32 or self.device.type != "cpu":
             return None
         if library not in self._compiled:
-            self._compiled[library] = FewTokens.of(library, self.layers)
+            self._compiled[library] = FewTokens.of(library, self)
         return self._compiled[library]

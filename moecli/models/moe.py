@@ -12,7 +12,7 @@ from torch import Tensor
 from moecli.models.attention import Weight, Weights, dense
 from moecli.models.config import ModelSpec
 from moecli.models.fused import choose_experts, silu_mul
-from moecli.models.provider import ExpertProvider, Ready
+from moecli.models.provider import ExpertProvider, Ready, Resident
 from moecli.models.routing import choose_grouped
 from quant.kernels.experts import ACTIVATIONS, expert_bias
 from quant.ops import linear
@@ -165,3 +165,7 @@ class FloatExperts:
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """Nothing to fetch."""
+
+    def resident(self, layer: int) -> Resident | None:
+        """No bytes of experts lie anywhere."""
+        return None

@@ -1,9 +1,12 @@
 """Knows what a forward pass asks of whoever computes its routed experts, and nothing of how."""
 
+from array import array
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from quant.layout import ExpertLayout
 
 
 class Pending(Protocol):
@@ -29,6 +32,26 @@ class ExpertProvider(Protocol):
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """A guess, [T, k] int64, of what `layer` will choose; returns at once."""
         ...
+
+    def resident(self, layer: int) -> "Resident | None":
+        """Where a layer's experts may be used without `begin`, now; one object for good."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A layer's experts that may be used where they lie without `begin`: what came stays for good.
+
+    Whoever does so adds 1 to `asked` of each expert that a step wants, and to `hits` for each.
+    """
+
+    addresses: "array[int]"  # int64 [E]; 0: it has not come, `begin` brings it
+    asked: "array[int]"  # int64 [E]
+    hits: "array[int]"  # int64 [1]
+    layout: ExpertLayout
+    activation: str  # by its name in quant.ops
+    weight_on_input: bool
+    biases: Tensor | None  # fp32 [E, 2 I + H]
 
 
 @dataclass(frozen=True)

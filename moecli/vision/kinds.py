@@ -13,7 +13,7 @@ from torch import Tensor
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.moe import MoeBlock
-from moecli.models.provider import ExpertProvider, Pending
+from moecli.models.provider import ExpertProvider, Pending, Resident
 
 Counts = dict[int, list[int]]  # by layer: how often each expert was chosen
 _HOTTEST = 3
@@ -79,6 +79,11 @@ class KindCounter:
         finally:
             self._images = None
 
+    @property
+    def counts(self) -> bool:
+        """Whether a chunk of a prompt passes now."""
+        return self._images is not None
+
     def count(self, index: int, topk_ids: Tensor) -> None:
         """topk_ids [T, k] of the MoE layer `index`."""
         if self._images is None:
@@ -108,3 +113,6 @@ class _Counted:
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         self._experts.prefetch(layer, topk_ids)
+
+    def resident(self, layer: int) -> Resident | None:
+        return None if self._counter.counts else self._experts.resident(layer)

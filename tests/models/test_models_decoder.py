@@ -113,7 +113,7 @@ def test_which_families_have_compiled_steps_of_few_tokens(family):
     if library is None:
         pytest.skip("there is no compiler here")
     for changes in FAMILIES[family].variants.values():
-        few = FewTokens.of(library, decoder_of(oracle(family, **changes)).layers)
+        few = FewTokens.of(library, decoder_of(oracle(family, **changes)))
         windows = "sliding_window" in changes
         assert (few is not None) == (FAMILIES[family].compiled and not windows)
 

@@ -102,11 +102,14 @@ class NoExperts:
         self.guessed: list[Tensor] = []
 
     def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
-        self.chosen.append((topk_ids, topk_weights))
+        self.chosen.append((topk_ids.clone(), topk_weights.clone()))
         return Ready(torch.zeros_like(hidden))
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
-        self.guessed.append(topk_ids)
+        self.guessed.append(topk_ids.clone())
+
+    def resident(self, layer: int) -> None:
+        """They have no bytes."""
 
 
 @functools.cache
@@ -164,7 +167,7 @@ def new_cache(spec: ModelSpec, ctx: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def compiled(isa: str, decoder: Decoder) -> FewTokens:
-    few = FewTokens.of(library_of(isa), decoder.layers)
+    few = FewTokens.of(library_of(isa), decoder)
     assert few is not None, "there is no compiled way of this decoder"
     return few
 
@@ -436,9 +439,9 @@ def test_weights_that_cannot_be_read_leave_the_plain_way(odd: str) -> None:
         weights[name] = BnbWeight.of(weights[name], "nf4", "cpu")
     else:
         weights[name] = weights[name].repeat(1, 2)[:, ::2][:, : SPEC.hidden_size]
-    assert FewTokens.of(library_of(ISAS[0]), right.layers) is not None
+    assert FewTokens.of(library_of(ISAS[0]), right) is not None
     decoder = decoder_of(SPEC, weights)
-    assert FewTokens.of(library_of(ISAS[0]), decoder.layers) is None
+    assert FewTokens.of(library_of(ISAS[0]), decoder) is None
     ops.set_backend("cpu")
     assert decoder.forward(Batch.of(ids(1), new_cache(SPEC, 4))).isfinite().all()
 
@@ -447,13 +450,13 @@ def test_the_decoder_takes_the_compiled_way_where_its_kernels_compute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = []
-    call = FewTokens.__call__
+    call = FewTokens.logits
 
     def counted(self: FewTokens, *arguments: Any) -> Tensor:
         taken.append(ops.current_backend())
         return call(self, *arguments)
 
-    monkeypatch.setattr(FewTokens, "__call__", counted)
+    monkeypatch.setattr(FewTokens, "logits", counted)
     decoder = decoder_of(SPEC)
     for backend in ("reference", "torch", "cpu", "auto"):
         ops.set_backend(backend)

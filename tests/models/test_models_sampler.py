@@ -42,7 +42,7 @@ def expected_probabilities(logits, config):
 @pytest.mark.parametrize("size", [5, 300, 5000])
 def test_probabilities_equal_transformers(size, config, spread):
     logits = spread * torch.randn(size, generator=torch.Generator().manual_seed(size))
-    ids, probabilities = candidates(logits, config)
+    ids, probabilities = map(torch.from_numpy, candidates(logits, config))
     found = torch.zeros(size).scatter(0, ids, probabilities)
     expected = expected_probabilities(logits, config)
     # Sums of thousands of fp32 numbers in another order may move the border of top-p by a hair.
@@ -58,6 +58,15 @@ def test_equals_at_the_border_of_top_k_all_stay():
     assert sorted(ids.tolist()) == [1, 2, 3, 5]
 
 
+def test_equals_at_the_border_stay_in_a_large_vocabulary():
+    """Where borders of parts are looked at first; many tokens are as likely as the last one."""
+    logits = torch.randint(0, 40, (20_011,), generator=torch.Generator().manual_seed(2)) / 7
+    for top_k in (1, 20, 600):
+        ids, _ = candidates(logits, SamplingConfig(temperature=0.6, top_k=top_k))
+        least = logits.sort(descending=True).values[top_k - 1]
+        assert sorted(ids.tolist()) == torch.where(logits >= least)[0].tolist()
+
+
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
     config, generator = SamplingConfig(temperature=1.0), new_generator(0)
@@ -66,6 +75,21 @@ def test_draws_follow_the_probabilities():
         counts[sample(logits, config, generator)] += 1
     assert counts[3] == 0
     torch.testing.assert_close(counts / 3000, logits.softmax(0), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(temperature=1.0), SamplingConfig(top_k=3000)])
+def test_draws_from_a_whole_vocabulary(config):
+    """Each point falls where the sum of the probabilities says; zeros are not drawn."""
+    logits = 2 * torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    logits[::3] = -torch.inf
+    ids, probabilities = candidates(logits, config)
+    ends = probabilities.cumsum(dtype="float64")
+    points = torch.rand(1000, generator=new_generator(5), dtype=torch.float64)
+    generator = new_generator(5)
+    drawn = [sample(logits, config, generator) for _ in range(1000)]
+    expected = ids[ends.searchsorted(points.numpy() * ends[-1], side="right")].tolist()
+    assert sum(a != b for a, b in zip(drawn, expected, strict=True)) <= 2, "but for rounding"
+    assert not any(logits[token] == -torch.inf for token in drawn)
 
 
 def test_temperature_zero_takes_the_likeliest():

@@ -16,7 +16,7 @@ from moecli.errors import MoecliError
 from moecli.models.hf.cache import layers_of, nbytes_of, recurrent
 from moecli.models.hf.library import FAILURES, build, experts_modules
 from moecli.models.hf.modules import RoutedExperts, replace
-from moecli.models.provider import Ready
+from moecli.models.provider import Ready, Resident
 
 
 def step(model: PreTrainedModel, token_ids: Tensor, library: Any, all_logits: bool = False) -> Any:
@@ -88,3 +88,7 @@ class _Listener:
 
     def prefetch(self, layer: int, topk_ids: Tensor) -> None:
         """Nothing to fetch."""
+
+    def resident(self, layer: int) -> Resident | None:
+        """No expert has bytes."""
+        return None

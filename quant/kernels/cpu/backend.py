@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from quant.kernels import tiled
-from quant.kernels.cpu.few import FLOATS, matrix_argument
+from quant.kernels.cpu.few import ACTIVATIONS, FLOATS, matrix_argument
 from quant.kernels.cpu.library import Library, LinearArgument, MoeArgument, library
 from quant.layout import ExpertLayout
 from quant.tensor import QuantizedWeight
 
-_ACTIVATIONS = {"silu": 0, "clamped_swiglu": 1}  # `Activation` of src/types.h
 _FLOAT_TOKENS = 16  # up to so many, float weights are read as they are; BLAS wins beyond
 
 
@@ -147,7 +146,7 @@ class CpuBackend:
             *(rows.data_ptr(), ids.data_ptr(), weights.data_ptr(), table.data_ptr()),
             *(num_tokens, num_choices, table.numel(), layout.hidden_size),
             *(layout.intermediate_size, *span, layout.scheme.bits, layout.scheme.group_size),
-            *(_ACTIVATIONS[activation], weight_on_input),
+            *(ACTIVATIONS[activation], weight_on_input),
             None if contributions is None else contributions.data_ptr(),
             None if sums is None else sums.data_ptr(),
             None if biases is None else biases.data_ptr(),

@@ -27,7 +27,7 @@ _FLAGS = (
 )
 _ASAN_FLAGS = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_COMMON = ("api", "few_product", "isa", "layer", "linear", "moe", "pool", "router")
+_COMMON = ("api", "few_product", "isa", "layer", "linear", "moe", "pool", "router", "step")
 _PORTABLE = {"kernels_portable": ()}
 _X86 = {
     "kernels_avx2": _AVX2,

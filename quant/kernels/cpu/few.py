@@ -18,6 +18,7 @@ QUANTIZED = -1
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `FloatType` of src/types.h
 ROPES = {"none": 0, "interleaved": 1, "half": 2}  # `Rope`
 ROUTERS = ("softmax", "sigmoid")
+ACTIVATIONS = {"silu": 0, "clamped_swiglu": 1}  # `Activation`
 NORMS = {"none": 0, "before": 1, "after": 2}  # `HeadNorm` of src/layer.h
 
 
@@ -69,7 +70,9 @@ class StepArgument(ctypes.Structure):
     _fields_ = (
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("positions", "turns", "temperature", "places")),
-        *((name, ctypes.c_void_p) for name in ("hidden", "normed", "ids", "weights", "guesses")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "normed", "delta")),
+        *((name, ctypes.c_void_p) for name in ("ids", "weights", "guesses")),
+        *(("row_count", ctypes.c_int64), ("rows", ctypes.c_void_p), ("logits", ctypes.c_void_p)),
     )
 
 
@@ -79,6 +82,36 @@ class MlpArgument(ctypes.Structure):
     _fields_ = (
         *((name, WeightArgument) for name in ("gate", "up", "down")),
         ("activation", ctypes.c_int),
+    )
+
+
+class ResidentsArgument(ctypes.Structure):
+    """`Residents` of src/step.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("addresses", "asked", "hits")),
+        *(("experts", ctypes.c_int64), ("intermediate", ctypes.c_int64)),
+        *(("bits", ctypes.c_int), ("group", ctypes.c_int)),
+        *(("activation", ctypes.c_int), ("weight_on_input", ctypes.c_bool)),
+        ("biases", ctypes.c_void_p),
+    )
+
+
+class BlockArgument(ctypes.Structure):
+    """`Block` of src/step.h."""
+
+    _fields_ = (
+        *(("layer", LayerArgument), ("mlp", MlpArgument), ("experts", ResidentsArgument)),
+        ("whole", ctypes.c_bool),
+    )
+
+
+class DecoderArgument(ctypes.Structure):
+    """`DecoderCall` of src/step.h."""
+
+    _fields_ = (
+        *(("count", ctypes.c_int64), ("blocks", ctypes.c_void_p)),
+        *(("norm", ctypes.c_void_p), ("eps", ctypes.c_float), ("head", WeightArgument)),
     )
 
 

@@ -118,9 +118,17 @@ class Library:
         code = self._dll.moecli_search_scales(self._kernels, ctypes.byref(search), threads)
         return _checked(code) != _NOT_FINITE
 
-    def layer(self, call: object, step: object, delta: int | None, threads: int) -> None:
-        """`call` and `step`: references (`ctypes.byref`) to arguments of quant.kernels.cpu.few."""
-        _checked(self._dll.moecli_layer(self._kernels, call, step, delta, threads))
+    def step(
+        self, decoder: object, step: object, first: int, delta: int | None, threads: int
+    ) -> int:
+        """The layer that somebody else must finish, or how many there are.
+
+        `decoder` and `step`: references (`ctypes.byref`) to arguments of quant.kernels.cpu.few.
+        """
+        at = ctypes.c_int64(first)
+        code = self._dll.moecli_step(self._kernels, decoder, step, ctypes.byref(at), delta, threads)
+        _checked(code)
+        return at.value
 
     def mlp(self, call: object, x: int, tokens: int, out: int, threads: int) -> None:
         """`call`: a reference to a MlpArgument."""
@@ -168,6 +176,6 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, number, pointer, integer, number, number, pointer, integer),
     )
     dll.moecli_search_scales.argtypes = (pointer, ctypes.POINTER(SearchArgument), integer)
-    dll.moecli_layer.argtypes = (pointer, pointer, pointer, pointer, integer)
+    dll.moecli_step.argtypes = (pointer, pointer, pointer, pointer, pointer, integer)
     dll.moecli_mlp.argtypes = (pointer, pointer, pointer, number, pointer, integer)
     return dll

@@ -6,10 +6,10 @@
 #include <new>
 
 #include "isa.h"
-#include "layer.h"
 #include "linear.h"
 #include "moe.h"
 #include "pool.h"
+#include "step.h"
 
 #if defined(_WIN32)
 #define MOECLI_API extern "C" __declspec(dllexport)
@@ -98,9 +98,12 @@ MOECLI_API int moecli_search_scales(const void* kernels, const ScaleSearch* sear
   return code ? code : fine ? 0 : 2;
 }
 
-MOECLI_API int moecli_layer(const void* kernels, const LayerCall* call, const StepCall* step,
-                            const float* delta, int threads) {
-  return guarded([&] { layer(*static_cast<const Kernels*>(kernels), *call, *step, delta, threads); });
+// `*at`: in which layer the step begins, and then what `step` returns.
+MOECLI_API int moecli_step(const void* kernels, const DecoderCall* decoder, const StepCall* call,
+                           int64_t* at, const float* delta, int threads) {
+  return guarded([&] {
+    *at = step(*static_cast<const Kernels*>(kernels), *decoder, *call, *at, delta, threads);
+  });
 }
 
 MOECLI_API int moecli_mlp(const void* kernels, const MlpCall* call, const float* x, int64_t tokens,

@@ -37,7 +37,7 @@ struct LayerCall {
   const float* guess_norm;  // [H]
 };
 
-// What all layers of one step share.
+// What all layers of one step share; see step.h.
 struct StepCall {
   int64_t tokens;
   const int64_t* positions;    // [T]
@@ -46,9 +46,13 @@ struct StepCall {
   const Place* const* places;  // [T]: each the places of its sequence, by layer
   float* hidden;               // [T, H]
   float* normed;               // [T, H]
+  float* delta;                // [T, H]: what the layer computed last adds to `hidden`
   int64_t* ids;                // [layers, T, k]
   float* weights;              // [layers, T, k]
   int64_t* guesses;            // [layers, T, k of the guess]
+  int64_t row_count;
+  const int64_t* rows;  // [R]: tokens whose logits are wanted, ascending
+  float* logits;        // [R, V]
 };
 
 struct MlpCall {
