@@ -48,9 +48,12 @@ def _both_ways(quant: str, pure: bool) -> tuple[TheirKind, ...]:
     return tuple(TheirKind(quant, repack, pure) for repack in (True, False))
 
 
-_FOUR_BITS = (*_both_ways("Q4_0", pure=True), *_both_ways("Q4_K_M", pure=False))
+_Q4_K_M = _both_ways("Q4_K_M", pure=False)
+_FOUR_BITS = (*_both_ways("Q4_0", pure=True), *_Q4_K_M)
 MATCHES = (
     Match(OurKind("int4", "int4-g32", "int4-g32"), _FOUR_BITS),
+    # What `moecli quantize` writes unless told otherwise, beside what also has larger matrices.
+    Match(OurKind("default", "int4", "int8"), _Q4_K_M),
     Match(OurKind("int4-g128", "int4-g128", "int4-g128"), _FOUR_BITS),
     Match(OurKind("int8", "int8-g128", "int8-g128"), _both_ways("Q8_0", pure=True)),
 )

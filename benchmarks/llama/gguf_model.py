@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from benchmarks.llama.naming import Named, expert_size, num_experts, tensors
-from benchmarks.llama.numbers import Numbers
+from benchmarks.llama.numbers import Numbers, turned
 
 BF16, F32 = gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.F32
 _EMBEDDING = "token_embd.weight"
@@ -42,8 +42,13 @@ def _in_fp32(tensor: Named) -> bool:
 
 
 def _values(numbers: Numbers, parts: Iterable[Named]) -> np.ndarray:
-    found = [numbers.fp32(part) if _in_fp32(part) else numbers.bf16(part) for part in parts]
+    found = [_value(numbers, part) for part in parts]
     return found[0] if len(found) == 1 else np.stack(found)
+
+
+def _value(numbers: Numbers, part: Named) -> np.ndarray:
+    value = numbers.fp32(part) if _in_fp32(part) else numbers.bf16(part)
+    return value if part.turned_heads is None else turned(value, part.turned_heads)
 
 
 def _write_fields(writer: "gguf.GGUFWriter", config: dict[str, Any]) -> None:
@@ -63,7 +68,7 @@ def _write_fields(writer: "gguf.GGUFWriter", config: dict[str, Any]) -> None:
     writer.add_expert_feed_forward_length(expert_size(config))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    if config["model_type"] != "qwen3_moe":
+    if "interleave_moe_layer_step" in config:
         writer.add_interleave_moe_layer_step(config["interleave_moe_layer_step"])
 
 

@@ -16,6 +16,7 @@ class Named:
     gguf: str
     shape: tuple[int, ...]
     expert: int | None = None
+    turned_heads: int | None = None  # GGUF has their rows in another order: see numbers.turned
 
     @property
     def is_norm(self) -> bool:
@@ -24,6 +25,26 @@ class Named:
     @property
     def is_router(self) -> bool:
         return self.gguf.endswith("ffn_gate_inp.weight")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the layers of a family are called in a checkpoint, and what they have."""
+
+    block: str
+    router: str
+    projections: tuple[str, str, str]  # gate, up, down
+    head_norms: bool = False
+    shared_expert: bool = False
+    turned: bool = False  # GGUF wants components that turn together side by side
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FAMILIES = {  # by model_type
+    "qwen3_moe": Family("mlp", "gate", _PROJECTIONS, head_norms=True),
+    "llama4_text": Family("feed_forward", "router", _PROJECTIONS, shared_expert=True),
+    "mixtral": Family("block_sparse_moe", "gate", ("w1", "w3", "w2"), turned=True),
+}
 
 
 def num_experts(config: dict[str, Any]) -> int:
@@ -48,33 +69,34 @@ def tensors(config: dict[str, Any]) -> Iterator[Named]:
 
 def _attention(config: dict[str, Any], layer: int) -> Iterator[Named]:
     hidden, size = config["hidden_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-    parts = [
-        ("input_layernorm", "attn_norm", (hidden,)),
-        ("self_attn.q_proj", "attn_q", (queries, hidden)),
-        ("self_attn.k_proj", "attn_k", (keys, hidden)),
-        ("self_attn.v_proj", "attn_v", (keys, hidden)),
-        ("self_attn.o_proj", "attn_output", (hidden, queries)),
-        ("post_attention_layernorm", "ffn_norm", (hidden,)),
+    heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    family = FAMILIES[config["model_type"]]
+    parts: list[tuple[str, str, tuple[int, ...], int | None]] = [
+        ("input_layernorm", "attn_norm", (hidden,), None),
+        ("self_attn.q_proj", "attn_q", (heads * size, hidden), heads),
+        ("self_attn.k_proj", "attn_k", (key_heads * size, hidden), key_heads),
+        ("self_attn.v_proj", "attn_v", (key_heads * size, hidden), None),
+        ("self_attn.o_proj", "attn_output", (hidden, heads * size), None),
+        ("post_attention_layernorm", "ffn_norm", (hidden,), None),
     ]
-    if config["model_type"] == "qwen3_moe":
-        parts += [("self_attn.q_norm", "attn_q_norm", (size,))]
-        parts += [("self_attn.k_norm", "attn_k_norm", (size,))]
-    for hf, gguf, shape in parts:
-        yield Named(f"model.layers.{layer}.{hf}.weight", f"blk.{layer}.{gguf}.weight", shape)
+    if family.head_norms:
+        parts += [("self_attn.q_norm", "attn_q_norm", (size,), None)]
+        parts += [("self_attn.k_norm", "attn_k_norm", (size,), None)]
+    for hf, gguf, shape, turning in parts:
+        names = f"model.layers.{layer}.{hf}.weight", f"blk.{layer}.{gguf}.weight"
+        yield Named(*names, shape, turned_heads=turning if family.turned else None)
 
 
 def _experts(config: dict[str, Any], layer: int) -> Iterator[Named]:
     hidden, inner, count = config["hidden_size"], expert_size(config), num_experts(config)
-    is_qwen3 = config["model_type"] == "qwen3_moe"
-    block, router = ("mlp", "gate") if is_qwen3 else ("feed_forward", "router")
-    hf, gguf = f"model.layers.{layer}.{block}", f"blk.{layer}.ffn"
-    yield Named(f"{hf}.{router}.weight", f"{gguf}_gate_inp.weight", (count, hidden))
+    family = FAMILIES[config["model_type"]]
+    hf, gguf = f"model.layers.{layer}.{family.block}", f"blk.{layer}.ffn"
+    yield Named(f"{hf}.{family.router}.weight", f"{gguf}_gate_inp.weight", (count, hidden))
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    for part, shape in shapes.items():
+    for (part, shape), projection in zip(shapes.items(), family.projections, strict=True):
         for expert in range(count):
-            name = f"{hf}.experts.{expert}.{part}_proj.weight"
+            name = f"{hf}.experts.{expert}.{projection}.weight"
             yield Named(name, f"{gguf}_{part}_exps.weight", shape, expert)
-        if not is_qwen3:
-            name = f"{hf}.shared_expert.{part}_proj.weight"
+        if family.shared_expert:
+            name = f"{hf}.shared_expert.{projection}.weight"
             yield Named(name, f"{gguf}_{part}_shexp.weight", shape)

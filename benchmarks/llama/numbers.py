@@ -51,3 +51,10 @@ class Numbers:
             bits = (self._normal * np.float32(spread)).view(np.uint32)
             self._scaled[spread] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return self._scaled[spread]
+
+
+def turned(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys as llama.cpp's "llama" wants them: row i of a head beside row i plus
+    half a head, which turn together."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from benchmarks import vs_llama_cpp
 from benchmarks.llama import compare, our_model
 from benchmarks.llama.compare import MATCHES, correlation
 from benchmarks.llama.naming import Named, tensors
-from benchmarks.llama.numbers import Numbers
+from benchmarks.llama.numbers import Numbers, turned
 from benchmarks.llama.our_worker import Ours
 from benchmarks.llama.report import Spread, summarize, tables
 from benchmarks.llama.shapes import SHAPES, TINY, Shape
 from benchmarks.llama.workers import Worker, busy_seconds
+from moecli.commands.quantize import quantize as quantize_command
 from moecli.config import EngineConfig
 from moecli.engine import Engine
 from moecli.models.config import ModelSpec
@@ -122,6 +124,23 @@ def test_gguf_has_the_same_weights(tmp_path: Path) -> None:
     write_gguf(shape.arch, shape.config, tmp_path / "a.gguf")
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert set(stored) == {tensor.gguf for tensor in tensors(shape.config)}
+
+
+def test_heads_of_llama_have_rows_that_turn_together_side_by_side() -> None:
+    rows = np.arange(8).reshape(8, 1)  # two heads of four: 0 turns with 2, 1 with 3
+    assert turned(rows, heads=2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    mixtral = [tensor for tensor in tensors(SHAPES[2].config) if tensor.turned_heads is not None]
+    assert {(tensor.gguf.split(".")[2], tensor.turned_heads) for tensor in mixtral} == {
+        ("attn_q", 32),
+        ("attn_k", 8),
+    }
+
+
+def test_the_default_kind_is_what_quantize_writes_unless_told_otherwise() -> None:
+    (kind,) = (match.ours for match in MATCHES if match.ours.name == "default")
+    said = signature(quantize_command).parameters
+    usual = said["scheme_name"].default, said["dense_name"].default
+    assert (kind.scheme, kind.dense_scheme) == usual
 
 
 # Workers

@@ -6,7 +6,6 @@ itself, and chosen when it is loaded.
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -37,6 +36,8 @@ _X86 = {
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
     ),
 }
+_ARM64 = {"kernels_neon": (), "kernels_dotprod": ("-march=armv8.2-a+dotprod",)}
+_ARCHITECTURES = {"x86_64": ("MOECLI_X86", _X86), "arm64": ("MOECLI_ARM64", _ARM64)}
 
 
 class BuildError(Exception):
@@ -58,9 +59,9 @@ def build(target: Path = LIBRARY, *, asan: bool = False) -> Path:
     A compiler that is too old for an instruction set leaves its kernels out, and stderr says so.
     """
     command = compiler()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    variants, without = _known(command, _X86 if x86 else {})
-    common = (*(("-DMOECLI_X86",) if x86 else ()), *(f"-DMOECLI_WITHOUT_{w}" for w in without))
+    macro, offered = _ARCHITECTURES.get(_architecture(command), ("MOECLI_PORTABLE", {}))
+    variants, without = _known(command, offered)
+    common = (f"-D{macro}", *(f"-DMOECLI_WITHOUT_{name}" for name in without))
     units: dict[str, tuple[str, ...]] = {name: common for name in _COMMON}
     units |= _PORTABLE | variants
     flags = [*_FLAGS, *(_ASAN_FLAGS if asan else ())]
@@ -81,6 +82,12 @@ def build(target: Path = LIBRARY, *, asan: bool = False) -> Path:
         _run([*command, "-shared", "-pthread", *extra, *map(str, objects), "-o", str(linked)])
         os.replace(linked, target)
     return target
+
+
+def _architecture(command: list[str]) -> str:
+    """What the compiler compiles for, which is another than this machine's when it crosses."""
+    name = _run([*command, "-dumpmachine"]).split("-")[0].strip().lower()
+    return {"amd64": "x86_64", "aarch64": "arm64"}.get(name, name)
 
 
 def _known(
@@ -108,10 +115,12 @@ def _directory(target: Path) -> Path:
     return target.parent
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """What it says on stdout."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stderr.strip()}")
+    return done.stdout
 
 
 def main(arguments: list[str]) -> int:

@@ -3,11 +3,19 @@
 
 #include <cstring>
 
+#if defined(MOECLI_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(MOECLI_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace moecli {
 
 extern const Kernels kPortable;
 #ifdef MOECLI_X86
 extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;  // as far as the compiler knows them
+#elif defined(MOECLI_ARM64)
+extern const Kernels kNeon, kDotProd;
 #endif
 
 namespace {
@@ -33,6 +41,19 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(MOECLI_ARM64)
+bool has_dotprod() {
+#if defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kAsimdDp;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has;
+#else
+  return false;
+#endif
+}
 #endif
 
 const Variant kVariants[] = {
@@ -46,6 +67,11 @@ const Variant kVariants[] = {
 #ifndef MOECLI_WITHOUT_AVX2
     {&kAvx2, has_avx2},
 #endif
+#elif defined(MOECLI_ARM64)
+#ifndef MOECLI_WITHOUT_DOTPROD
+    {&kDotProd, has_dotprod},
+#endif
+    {&kNeon, [] { return true; }},
 #endif
     {&kPortable, [] { return true; }},
 };
