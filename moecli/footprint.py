@@ -6,7 +6,7 @@ from moecli.models.latent_sizes import workspace_numel
 from moecli.models.outline import Counted, Outline, Own
 from offload.plan import ModelFootprint
 from quant.layout import SLOT_ALIGNMENT, ExpertLayout
-from quant.scheme import GROUP_SIZES, QuantScheme
+from quant.scheme import QuantScheme
 
 _KV_ITEMSIZES = {"auto": (2, 0), "bf16": (2, 0), "int8": (1, 2)}  # of a number, and of a scale
 STORED_ITEMSIZE = 2  # router, norms, embeddings: 16 bits
@@ -33,20 +33,6 @@ def stored_nbytes(
     dense = sum(stored_tensor_nbytes(tensor, dense_scheme) for tensor in spec.dense_tensors)
     experts = len(spec.moe_layers) * spec.num_experts * expert_nbytes(spec, scheme)
     return dense + experts + STORED_ITEMSIZE * spec.num_vision_params
-
-
-def fitting(spec: Counted, scheme: QuantScheme, experts: bool) -> QuantScheme:
-    """`scheme` with the widest groups, up to its own, that divide the rows it is for.
-
-    `experts`: those of routed experts; else those of all other linears.
-    """
-    if experts:
-        widths = {spec.hidden_size, spec.expert_intermediate_size}
-    else:
-        widths = {tensor.shape[1] for tensor in spec.dense_tensors if tensor.linear}
-    groups = (g for g in sorted(GROUP_SIZES, reverse=True) if g <= scheme.group_size)
-    whole = (g for g in groups if not any(width % g for width in widths))
-    return QuantScheme(scheme.bits, next(whole, scheme.group_size))
 
 
 def tensor_nbytes(

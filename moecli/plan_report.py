@@ -5,9 +5,10 @@ from typing import Any
 
 from moecli import cluster, whatif
 from moecli.cluster import CARD_GIB, Cluster
-from moecli.footprint import fitting, stored_nbytes
+from moecli.footprint import stored_nbytes
 from moecli.models.outline import Counted, Outline, Own
 from moecli.planning import Question, refusal
+from moecli.schemes import fitting
 from moecli.whatif import Step
 from offload.plan import MemoryPlan
 from quant.scheme import QuantScheme

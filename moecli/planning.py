@@ -8,12 +8,10 @@ from moecli.footprint import model_footprint
 from moecli.models import on_device
 from moecli.models.config import ModelSpec
 from moecli.models.outline import Counted
+from moecli.schemes import Schemes
 from offload.errors import OffloadError
 from offload.hardware import Machine
 from offload.plan import MemoryPlan, ModelFootprint, plan_context
-from quant.scheme import QuantScheme
-
-Schemes = tuple[QuantScheme, QuantScheme | None]  # of the experts and of the rest
 
 
 @dataclass(frozen=True)

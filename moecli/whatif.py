@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moecli.errors import MoecliError
-from moecli.footprint import fitting
 from moecli.planning import Question
+from moecli.schemes import fitting
 from moecli.units import GIB
 from offload.errors import OffloadError
 from offload.hardware import Machine

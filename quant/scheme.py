@@ -58,11 +58,17 @@ class QuantScheme:
     def check_shape(self, name: str, out_features: int, in_features: int) -> None:
         """Raise QuantError, naming the tensor, unless groups divide its rows."""
         if out_features < 1 or in_features < 1 or in_features % self.group_size:
+            hint = (
+                "use smaller groups: `--group-size 32` for experts, `--dense int8-g32` for the rest"
+            )
+            if in_features % min(GROUP_SIZES):
+                hint = (
+                    "no group of moecli's divides it; outside experts `--dense none` keeps 16 bits"
+                )
             raise QuantError(
                 f"`{name}` of shape [{out_features}, {in_features}] does not divide into groups "
                 f"of {self.group_size}",
-                "use smaller groups: `--group-size 32` for experts, `--dense int8-g32` for "
-                "the rest",
+                hint,
             )
 
     def packed_shape(self, out_features: int, in_features: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from quant.scheme import QuantScheme
 if TYPE_CHECKING:
     from moecli.models.outline import Counted
     from moecli.plan_report import Subject
-    from moecli.planning import Schemes
+    from moecli.schemes import Schemes
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,13 @@ class PlanSource:
     def schemes(self, spec: "Counted", scheme_name: str) -> "Schemes":
         """Of the experts and of the rest: what the manifest says, else what is asked for.
 
-        Where no group is asked for it is narrowed to what divides the model's rows.
+        Where no group is asked for it is narrowed as `quantize` does it.
         """
-        from moecli.footprint import fitting
+        from moecli.schemes import AskedScheme
 
         if self.path is None or not store.is_model(self.path):
-            scheme = QuantScheme.parse(scheme_name)
-            if scheme.name != scheme_name.lower():
-                scheme = fitting(spec, scheme, experts=True)
-            return scheme, fitting(spec, store.DEFAULT_DENSE_SCHEME, experts=False)
+            scheme = AskedScheme.parse(scheme_name).of(spec, experts=True)
+            return scheme, AskedScheme(store.DEFAULT_DENSE_SCHEME).of(spec, experts=False)
         manifest = store.manifest(self.path)
         dense = manifest.get("dense_scheme")
         return (

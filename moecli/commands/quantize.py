@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from moecli.units import format_bandwidth, format_nbytes, format_wait, parse_ban
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
+    from moecli.schemes import AskedScheme, Schemes
     from quant.job import ConversionJob, ConversionResult
 
 HELP = """Quantize the experts of a checkpoint to INT4 or INT8.
@@ -46,7 +47,10 @@ def quantize(
     group_size: Annotated[
         str | None,
         options.option(
-            "--group-size", metavar="N", help="Weights that share a scale: 32, 64 or 128."
+            "--group-size",
+            metavar="N",
+            help="Weights that share a scale: 32, 64 or 128. Default: 32 in int4, 128 in int8 or "
+            "what the model's rows divide by.",
         ),
     ] = None,
     dense_name: Annotated[
@@ -74,10 +78,13 @@ def quantize(
     as_json: options.Json = False,
 ) -> None:
     name = options.require_model(ctx, model, model_flag)
+    from moecli.schemes import AskedScheme
+
     groups = None if group_size is None else parse_int(group_size, "`--group-size`")
-    scheme = QuantScheme.parse(scheme_name, groups)
-    dense_scheme = None if dense_name.lower() == "none" else QuantScheme.parse(dense_name)
+    of_experts = AskedScheme.parse(scheme_name, groups)
+    of_rest = None if dense_name.lower() == "none" else AskedScheme.parse(dense_name)
     source = _Source.find(name, revision)
+    scheme, dense_scheme = source.schemes(of_experts, of_rest)
     out = store.default_output(source.name, scheme) if output is None else output.expanduser()
     if out.exists():
         raise MoecliError(
@@ -126,6 +133,23 @@ class _Source:
                 exit_code=2,
             )
         return cls(store.resolve_source(name))
+
+    def schemes(self, experts: "AskedScheme", rest: "AskedScheme | None") -> "Schemes":
+        """What this model takes of what is asked for."""
+        from moecli.models.facts import read_facts
+
+        spec = read_facts(self._config())
+        return (
+            experts.of(spec, experts=True, notify=ui.show_note),
+            None if rest is None else rest.of(spec, experts=False, notify=ui.show_note),
+        )
+
+    def _config(self) -> dict[str, Any]:
+        if self.path is not None:
+            return store.config(self.path)
+        from moecli.hub.pulling import look_at
+
+        return store.config(look_at(self.repo_id, Caller(ui.show_note), self.revision)[0])
 
     def quantize(
         self,

@@ -114,15 +114,15 @@ def _snapshot_with(repository: Repository, names: Sequence[str], caller: Caller)
     return cached.snapshot(repository.commit)
 
 
-def look_at(repo_id: str, caller: Caller) -> tuple[Path, int]:
+def look_at(repo_id: str, caller: Caller, revision: str | None = None) -> tuple[Path, int]:
     """A directory with config.json, and the bytes of all that a model needs; no weights come.
 
     Where the hub cannot be asked, what is in the cache is looked at.
     """
     try:
-        wanted = plan_pull(repo_id, None, caller)
+        wanted = plan_pull(repo_id, revision, caller)
     except Unreachable:
-        path = CachedRepository.of(repo_id).snapshot_of("main")
+        path = CachedRepository.of(repo_id).snapshot_of(revision or "main")
         if path is None or not (path / CONFIG).is_file():
             raise
         return path, _stated_nbytes(path)

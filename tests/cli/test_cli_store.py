@@ -8,12 +8,17 @@ import pytest
 from moecli import store
 from moecli.errors import MoecliError
 from tests.cli.fakes import write_model
+from tests.e2e import tiny
 
 
 @pytest.fixture
 def source(home: Path) -> Path:
+    """A checkpoint as far as these commands look at it: rows of 128 and 256 weights."""
     path = home / "Llama"
     path.mkdir()
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_attention_heads": 4}
+    config = tiny.qwen3_config() | sizes | {"num_key_value_heads": 2, "head_dim": 32}
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 

@@ -39,8 +39,7 @@ def test_saved_quantized_and_run_it_answers_as_the_dequantized_model(
     moecli: Command, tmp_path: Path, family: str
 ) -> None:
     source, out = saved(tmp_path / "source", family), tmp_path / "out"
-    args = ("-q", "int4", "--group-size", "32", "--dense", "int8-g32", "-o", out)
-    assert moecli("quantize", source, *args).code == 0
+    assert moecli("quantize", source, "-o", out).code == 0
     assert FAMILIES[family].model in moecli("show", out).out
     library = dequantized(out)
     with Engine.open(out, EngineConfig(ctx=128, kernels="reference")) as engine:

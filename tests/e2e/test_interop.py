@@ -1,5 +1,6 @@
 """What moecli writes is a checkpoint that transformers loads, with the logits moecli computes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from moecli.models.naming import dense_loader
 from quant.checkpoint import QuantizedCheckpoint
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme
+from tests.commands import Command
 from tests.e2e import tiny
 
 TOLERANCE = 2e-5  # of fp32 logits of magnitude 1 to 10
@@ -33,14 +35,18 @@ def model(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def write(root: Path, family: str, scheme: str, tied: bool = False) -> Path:
+def write_source(root: Path, family: str, tied: bool = False) -> Path:
     config, tensors = tiny.llama4_config(), tiny.llama4_tensors()
     if family == "qwen3_moe":
         config, tensors = tiny.qwen3_config(), tiny.qwen3_tensors()
     if tied:
         config["tie_word_embeddings"] = True
         del tensors["lm_head.weight"]
-    source = tiny.write_checkpoint(root / "source", config, tensors)
+    return tiny.write_checkpoint(root / "source", config, tensors)
+
+
+def write(root: Path, family: str, scheme: str, tied: bool = False) -> Path:
+    source = write_source(root, family, tied)
     quantize_model(source, root / "out", *SCHEMES[scheme])
     return root / "out"
 
@@ -79,6 +85,29 @@ def test_so_it_does_whatever_the_scheme(tmp_path: Path, family: str, scheme: str
 @pytest.mark.parametrize("scheme", ["int8", "dense_16_bits"])
 def test_so_it_does_with_tied_embeddings(tmp_path: Path, family: str, scheme: str) -> None:
     compare_with_transformers(write(tmp_path, family, scheme, tied=True))
+
+
+@pytest.mark.parametrize(("family", "rest"), [("llama4", "int8-g32"), ("qwen3_moe", "int8-g64")])
+def test_groups_are_narrowed_aloud_as_planned_and_read_so(
+    moecli: Command, tmp_path: Path, family: str, rest: str
+) -> None:
+    """Rows of 64 and 32 weights, where INT8 usually has groups of 128."""
+    source, out = write_source(tmp_path, family), tmp_path / "out"
+    refused = moecli("quantize", source, "-o", out, "--dense", "int8-g128")
+    assert refused.code == 1
+    assert "groups of 128" in refused.err
+    assert "`--dense int8-g32`" in refused.err
+    outcome = moecli("quantize", source, "-o", out, "-q", "int8")
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.err.split())
+    assert "experts take int8-g32: rows of 32 weights do not divide into groups of 128" in said
+    assert f"other linears take {rest}: rows of" in said
+    plan = json.loads(moecli("plan", source, "-q", "int8", "--json").out)
+    schemes = (plan["scheme"], plan["dense_scheme"])
+    written = QuantizedCheckpoint.open(out)
+    assert written.dense_scheme is not None
+    assert schemes == (written.scheme.name, written.dense_scheme.name) == ("int8-g32", rest)
+    compare_with_transformers(out)
 
 
 def compare_with_transformers(model: Path) -> None:

@@ -6,10 +6,11 @@ import pytest
 
 from moecli import cluster, known
 from moecli.cluster import CARD_GIB, Cluster, commands, smallest
-from moecli.footprint import expert_nbytes, fitting
+from moecli.footprint import expert_nbytes
 from moecli.models.config import DenseTensor
 from moecli.models.hf_outline import read_counted
 from moecli.models.outline import Counted
+from moecli.schemes import fitting
 from moecli.units import GIB
 from quant.scheme import QuantScheme
 

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from moecli import known
-from moecli.footprint import expert_nbytes, fitting, model_footprint, stored_nbytes
+from moecli.footprint import expert_nbytes, model_footprint, stored_nbytes
 from moecli.models.hf_outline import read_counted
 from moecli.models.outline import Counted, Outline
+from moecli.schemes import fitting
 from quant.scheme import QuantScheme
 
 
