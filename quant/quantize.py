@@ -42,8 +42,8 @@ _EXTREME = 32767
 _INT4_UNIT, _INT8_UNIT = 2048, 128
 # Where the best quotient `-extreme / scale` of a group lies, found by exhaustive search over
 # Gaussian, Laplace and Student-t groups; the extreme takes the code -8, or a clipped one.
-_INT4_QUOTIENTS = {32: (7.2, 9.0), 64: (7.2, 9.5), 128: (7.2, 10.0)}
-_INT4_CANDIDATES = 6
+_INT4_QUOTIENTS = {32: (7.3, 9.0), 64: (7.3, 9.5), 128: (7.3, 10.0)}
+_INT4_CANDIDATES = 7
 # Around extreme / -128 what counts is the luck of the bf16 grid: its neighbours are tried.
 _INT8_STEPS = range(-2, 6)
 
