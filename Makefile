@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 # A hundred kills of a conversion from a hub, and its memory and disk at a larger size; a context of
 # 200,000 tokens: minutes each.
 soak: $(VENV)/.dev
-	MOECLI_SOAK=1 $(BIN)/pytest -s tests/hub/test_hub_kills.py \
+	MOECLI_SOAK=1 $(BIN)/pytest -s -o faulthandler_timeout=0 tests/hub/test_hub_kills.py \
 		tests/models/test_models_long_context.py
 
 bench: $(VENV)/.dev

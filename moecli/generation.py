@@ -102,6 +102,8 @@ def _prefill(
     """Feed what the session lacks of the prompt; its last logits [V], or None where cancelled."""
     cached, total = len(session.tokens), len(prompt.token_ids)
     logits: Tensor | None = None
+    if total - cached > runtime.prefill_chunk:  # the first chunk alone may take a while
+        yield PrefillProgress(0, total - cached)
     while len(session.tokens) < total:
         begin = len(session.tokens)
         chunk = prompt.token_ids[begin:][: runtime.prefill_chunk]

@@ -6,11 +6,11 @@ Knows no commands; what a person types is read elsewhere.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecli.answering import Answer, StreamWriter, stream_answer
+from moecli.answering import StreamWriter, stream_answer
 from moecli.chat import Conversation
 from moecli.config import SamplingConfig
 from moecli.errors import MoecliError
-from moecli.events import FinishReason, GenerationStats
+from moecli.events import Finished, FinishReason, GenerationStats
 from moecli.terminal import say
 
 if TYPE_CHECKING:
@@ -104,20 +104,25 @@ class Talk:
             self.session.reset()  # the KV cache may hold half a step
             raise
         self.last = answer.finished.stats
-        return self._keep(answer)
-
-    def _keep(self, answer: Answer) -> bool:
-        finished = answer.finished
         if answer.never_began:
-            say(f"{_WHY[finished.reason]} before the answer began; the question is taken back")
+            self._say_why(answer.finished.reason, len(token_ids))
             return False
+        self._keep(answer.finished)
+        return True
+
+    def _say_why(self, reason: FinishReason, num_asked: int) -> None:
+        """Why there is no answer to a prompt of so many tokens."""
+        say(f"{_WHY[reason]} before the answer began; the question is taken back")
+        if (read := len(self.session.tokens)) < num_asked:
+            say(f"{read} of {num_asked} tokens were read; asked again, it goes on from there")
+
+    def _keep(self, finished: Finished) -> None:
         self.conversation.answer(finished.text)
         if finished.reason == "context":
             say(
                 f"the context of {self.engine.ctx} tokens is full: /clear starts afresh, "
                 "`--ctx` makes it longer next time"
             )
-        return True
 
     def facts(self) -> list[tuple[str, str]]:
         """How long the talk is and what it has cost, label and value."""

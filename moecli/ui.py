@@ -4,7 +4,9 @@ Every function takes typed results and decides nothing. Data goes to stdout, the
 Model text does not pass through here.
 """
 
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from moecli.events import GenerationStats
 from moecli.progress import ConversionLines, PullLines, time_left
 from moecli.terminal import bold, dim, for_terminal, has_colors, is_terminal, say, styled
-from moecli.units import format_bandwidth, format_nbytes, format_seconds
+from moecli.units import format_bandwidth, format_nbytes, format_seconds, format_wait
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,23 +93,37 @@ def show_checks(checks: Sequence[tuple[str, str, str, str | None]]) -> None:
 
 
 class CountingLine:
-    """`doing: 3 of 8 things`, on a terminal, while it is done; gone when all are."""
+    """`doing: [##------] 2 of 8 things`, on a terminal, while it is done; gone when all are."""
+
+    _CELLS = 20
 
     def __init__(self, doing: str, things: str) -> None:
         self._doing, self._things = doing, things
         self._shown = 0
+        self._first: tuple[float, int] | None = None  # when the first update came, and its count
 
     def update(self, done: int, total: int) -> None:
         if done >= total:
             self.stop()
         elif is_terminal(sys.stderr):
-            self._replace(f"{self._doing}: {done} of {total} {self._things}")
+            full = self._CELLS * done // total
+            bar = "#" * full + "-" * (self._CELLS - full)
+            left = self._left(done, total)
+            self._replace(f"{self._doing}: [{bar}] {done} of {total} {self._things}{left}")
 
     def stop(self) -> None:
         if self._shown:
             self._replace("")
 
+    def _left(self, done: int, total: int) -> str:
+        now = time.monotonic()
+        began, before = self._first = self._first or (now, done)
+        if done == before:
+            return ""
+        return f", {format_wait((total - done) * (now - began) / (done - before))} left"
+
     def _replace(self, line: str) -> None:
+        line = line[: max(1, shutil.get_terminal_size().columns - 1)]  # a wrapped one would stay
         sys.stderr.write(f"\r{' ' * self._shown}\r{line}")
         sys.stderr.flush()
         self._shown = len(line)

@@ -81,7 +81,7 @@ def test_header_answer_and_numbers(spawn: Spawn, model: str) -> None:
 def test_loading_is_counted_on_a_terminal_alone(spawn: Spawn, cli, model: str, monkeypatch) -> None:
     monkeypatch.setenv("FAKE_LOADING", "1")
     child = spawn("chat", model)
-    child.expect_exact("loading the model: 3 of 8 experts\r")
+    child.expect_exact("loading the model: [#######-------------] 3 of 8 experts\r")
     child.expect_exact(PROMPT)
     assert leave(child) == 0
     assert cli("run", model, "hi").err == ""
@@ -108,7 +108,7 @@ def test_streams_stops_at_ctrl_c_keeps_what_was_written_and_stays(chat: pexpect.
 
 def test_ctrl_c_before_the_first_token_takes_the_question_back(chat: pexpect.spawn) -> None:
     chat.sendline("slow start")
-    chat.expect_exact("reading the prompt: ")
+    chat.expect_exact("reading the prompt: [")
     chat.sendintr()
     chat.expect_exact("the question is taken back")
     chat.expect_exact(PROMPT)

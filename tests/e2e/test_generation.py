@@ -81,7 +81,7 @@ def test_progress_counts_new_tokens_chunk_by_chunk(engine: Engine) -> None:
     events = engine.generate(engine.new_session(), tokens, GREEDY)
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     total = len(tokens)
-    assert progress == [PrefillProgress(min(n, total), total) for n in (20, 40, 60)]
+    assert progress == [PrefillProgress(min(n, total), total) for n in (0, 20, 40, 60)]
 
 
 def test_cancelling_keeps_what_was_written_and_the_session_goes_on(engine: Engine) -> None:

@@ -70,3 +70,22 @@ def test_a_conversation_from_first_word_to_ctrl_d(chat: pexpect.spawn, home: Pat
     chat.close()
     assert chat.exitstatus == 0
     assert "Traceback" not in chat.before
+
+
+def test_a_long_prompt_that_is_stopped_goes_on_where_it_was(
+    chat: pexpect.spawn, home: Path
+) -> None:
+    (home / "long.txt").write_text("The fox went into the wood and came back again. " * 60)
+    ask(chat, f"/read {home / 'long.txt'}")
+    chat.sendline("What came back?")
+    chat.expect(r"reading the prompt: \[-{20}\] 0 of (\d+) tokens")
+    total = int(chat.match[1])
+    chat.sendintr()
+    chat.expect(rf"taken back\r\n(\d+) of {total} tokens were read; asked again, it goes on")
+    read = int(chat.match[1])
+    assert 0 < read < total
+    chat.expect_exact(PROMPT)
+    chat.sendline("What came back?")
+    chat.expect_exact("tok/s")
+    chat.expect_exact(PROMPT)
+    assert f"({read} cached)" in ask(chat, "/stats")

@@ -34,7 +34,7 @@ MIB = 1 << 20
 SIZES = {
     "num_hidden_layers": 3,
     "no_rope_layers": [1, 1, 0],
-    "num_attention_heads": 2,
+    "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "attention_chunk_size": CHUNK,
     "floor_scale": CHUNK,

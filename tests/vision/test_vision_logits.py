@@ -138,7 +138,7 @@ def test_embeddings_are_kept_while_their_chunks_pass_alone(ours, pictures) -> No
     prompt = place(ids, shown, seeing.IDS["<|patch|>"])
     kept = []
     for event in engine.generate(ours.new_session(), ids, GREEDY, pictures=shown):
-        if isinstance(event, PrefillProgress):
+        if isinstance(event, PrefillProgress) and event.done:
             kept.append([engine.eye.has_seen(placed) for placed in prompt.pictures])
     assert kept[0][0], "nothing was looked at"
     if len(kept) > 1:  # chunks shorter than a picture
