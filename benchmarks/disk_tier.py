@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=["engine", "asked"], default=["engine"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--threads", type=int, help="of the engine; else one a physical core")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="in tokens")
+    parser.add_argument("--new-tokens", type=int, default=24, help="of an answer")
     parser.add_argument(
         "--most-bw", type=float, help="bytes a second that the disk is to give the engine at most"
     )
@@ -64,7 +66,11 @@ def _title(part: str, most_bw: float | None) -> str:
 
 def _measure(part: str, name: str, path: Path, options: argparse.Namespace) -> dict[str, Any]:
     if part == "engine":
-        found = engine.measure(name, path, options.rounds, options.threads, options.most_bw)
+        settings = engine.Settings(
+            *(options.rounds, options.threads, options.most_bw),
+            *(tuple(options.prompts), options.new_tokens),
+        )
+        found = engine.measure(name, path, settings)
         text = engine.table(found)
     else:
         rows, ceilings = asked.measure(name, path, options.rounds)

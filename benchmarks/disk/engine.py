@@ -24,8 +24,6 @@ from quant.checkpoint import QuantizedCheckpoint
 
 SHARE = 1 / 3  # of the experts that the RAM budget holds
 CTX = 1024
-NEW_TOKENS = 24
-PROMPTS = (32, 512)
 CEILING_NBYTES = 1 << 30  # of the arena that the ceiling reads into
 
 
@@ -98,25 +96,33 @@ def _peak_from_here() -> int:
     return peak_rss_nbytes()
 
 
-def measure(
-    name: str, path: Path, rounds: int, threads: int | None, most_bw: float | None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Settings:
+    """How a model is measured."""
+
+    rounds: int
+    threads: int | None  # of the engine; None: one a physical core
+    most_bw: float | None  # bytes a second of a slower disk; None: this machine's as it is
+    prompts: tuple[int, ...]
+    new_tokens: int
+
+
+def measure(name: str, path: Path, settings: Settings) -> dict[str, Any]:
     """Of each test the medians, and shares of what the ceiling was in the same round.
 
-    `most_bw`: bytes a second of a slower disk, which is the ceiling where that of this machine is
-    faster; None: this machine's as it is.
+    The ceiling is the slower disk's where that of this machine is faster.
     """
-    subject = Subject(path, threads, most_bw)
+    subject = Subject(path, settings.threads, settings.most_bw)
     engine = subject.engine
-    tests = {f"prompt of {count}": (count, 1) for count in PROMPTS}
-    tests[f"answer of {NEW_TOKENS}"] = (1, NEW_TOKENS)
+    tests = {f"prompt of {count}": (count, 1) for count in settings.prompts}
+    tests[f"answer of {settings.new_tokens}"] = (1, settings.new_tokens)
     for lengths in tests.values():  # brings experts to their slots and kernels into being
         subject.sample(*lengths)
     peak = subject.peak_nbytes()  # before the ceiling takes memory of its own
     ceiling, arena = _ceiling(path)
     ceilings: list[dict[tuple[int, int], float]] = []
     samples: dict[str, list[Sample]] = {test: [] for test in tests}
-    for number in range(1, rounds + 1):
+    for number in range(1, settings.rounds + 1):
         ceilings.append({way: ceiling.measure(way, number) for way in ceiling.ways})
         for test in random.Random(number).sample(list(tests), len(tests)):
             samples[test].append(subject.sample(*tests[test]))
@@ -126,11 +132,12 @@ def measure(
     engine.close()
     medians = {way: statistics.median(c[way] for c in ceilings) for way in ceiling.ways}
     best = max(medians, key=lambda way: medians[way])
-    most = most_bw or float("inf")
+    most = settings.most_bw or float("inf")
     limits = [min(c[best], most) / 1e9 for c in ceilings]
     return {
         "model": name,
-        "most_bw": most_bw,
+        "most_bw": settings.most_bw,
+        "rounds": settings.rounds,
         "expert_nbytes": plan.expert_nbytes,
         "experts": plan.total_experts,
         "slots": plan.host_slots,

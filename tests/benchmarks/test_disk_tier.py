@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import disk_tier
-from benchmarks.disk import engine
 from benchmarks.disk.watch import Watch
 from benchmarks.made_up import qwen3_config, write_model
 from offload.disk import DiskTier, ExpertSpan
@@ -34,14 +33,13 @@ def test_an_engine_is_measured_and_kept_beside_what_was(model: Path, monkeypatch
     disk.close()
     if not direct:
         pytest.skip("the file system has no direct reads")
-    monkeypatch.setattr(engine, "PROMPTS", (8,))
-    monkeypatch.setattr(engine, "NEW_TOKENS", 4)
     monkeypatch.setitem(disk_tier.MODELS, "Scout", {})
     monkeypatch.setattr("benchmarks.disk.ceiling.CEILING_S", 0.02)
     monkeypatch.setattr(disk_tier, "write_model", lambda path, config: model)
     report = model.parent / "report.json"
     report.write_text('{"asked": "before"}')
     flags = ["--rounds", "1", "--models", "Scout", "--json", str(report), "--most-bw", "5e7"]
+    flags += ["--prompts", "8", "--new-tokens", "4"]
     monkeypatch.setattr(sys, "argv", ["disk_tier.py", str(model.parent), *flags])
     disk_tier.main()
     found = json.loads(report.read_text())
