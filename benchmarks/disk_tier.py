@@ -1,289 +1,84 @@
-"""How much of the disk's bandwidth a run gets whose experts are three times its arena.
+"""How much of the disk's bandwidth a run gets whose experts are three times its memory.
 
-    python benchmarks/disk_tier.py WORK_DIR [--rounds N] [--json FILE]
+    python benchmarks/disk_tier.py WORK_DIR [--rounds N] [--parts engine asked] [--json FILE]
 
 Writes two models of made-up weights to WORK_DIR (7.4 GB), with the experts of Qwen3-30B-A3B (2.65
-MB, 8 of 128 a token) and of Llama 4 Scout (70.8 MB, 1 of 16). Then a router that chooses at random
-asks for them through the manager. Computing is replaced by nothing, or by sleeping as long as a
-processor that works through COMPUTE_BW would take, so that the disk is what is measured. The
+MB, 8 of 128 a token) and of Llama 4 Scout (70.8 MB, 1 of 16). `engine` runs them as `moecli bench`
+does; `asked` has the manager asked by a router that chooses at random, computing being a sleep. The
 ceiling is plain direct reads of experts at random places, whole or in pieces, by as many threads as
 do best. All is measured in turns, round by round; a ratio compares figures of the same round.
 """
 
 import argparse
-import itertools
 import json
 import os
-import random
-import statistics
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from benchmarks.disk import asked, engine
 from benchmarks.made_up import qwen3_config, write_model
-from offload.disk import DiskTier, ExpertSpan
-from offload.host import HostArena
-from offload.keys import ExpertKey
-from offload.manager import ExpertManager
-from quant.checkpoint import QuantizedCheckpoint
 
-COMPUTE_BW = 20e9  # packed bytes a second: a third of what a desktop's memory gives
-BETWEEN_S = 0.3e-3  # attention and router of a layer
-SHARE = 1 / 3  # of the experts that the arena holds
-DEPTHS = (1, 2, 4, 8, 16)
-PIECE_NBYTES = 4 << 20
-CEILING_S, WAY_S = 0.4, 1.5
 MODELS = {
     "Qwen3-30B-A3B": qwen3_config(8, 2048, 768, 128, 8, 32, 4),
     "Scout": qwen3_config(4, 5120, 8192, 16, 1, 40, 8),
 }
 
 
-@dataclass(frozen=True)
-class Way:
-    """How experts are asked for."""
-
-    name: str
-    streams: bool = True  # or each layer waits until all it needs is there
-    computes: bool = True  # or nothing is done with what came
-    guesses: float | None = None  # share of the guesses about the next layer that are right
-
-
-WAYS = (
-    Way("stream, nothing computed", computes=False),
-    Way("stream", guesses=None),
-    Way("stream, 3 of 4 guesses right", guesses=0.75),
-    Way("all at once", streams=False),
-    Way("all at once, 3 of 4 guesses right", streams=False, guesses=0.75),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """GB/s read by one way, median over rounds, and its share of the same round's ceiling."""
-
-    model: str
-    way: str
-    gb_s: float
-    share: float
-    share_least: float
-    share_most: float
-    used: float  # of the bytes read, those that were asked for
-    hit_rate: float
-    tok_s: float  # had the model as many layers as the trace
-
-
-Request = tuple[int, list[int], list[int]]  # layer, experts, guesses about the next layer
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a router that chooses at random asks for, and what would be guessed."""
-
-    layers: int
-    experts: int
-    top_k: int
-
-    def requests(
-        self, right: float | None, seed: int
-    ) -> Iterator[tuple[int, list[int], list[int]]]:
-        """(layer, experts, guesses about the next layer), without end."""
-        draw = random.Random(seed)
-        coming = self._choose(draw)
-        layer = 0
-        while True:
-            experts, coming = coming, self._choose(draw)
-            guesses = []
-            if right is not None:
-                guesses = [
-                    e if draw.random() < right else draw.randrange(self.experts) for e in coming
-                ]
-            yield layer, experts, guesses
-            layer = (layer + 1) % self.layers
-
-    def _guess(self, expert: int, right: float, draw: random.Random) -> int:
-        return expert if draw.random() < right else draw.randrange(self.experts)
-
-    def _choose(self, draw: random.Random) -> list[int]:
-        return draw.sample(range(self.experts), self.top_k)
-
-
-class Subject:
-    """One model's files, with an arena for a share of its experts."""
-
-    def __init__(self, name: str, path: Path) -> None:
-        checkpoint = QuantizedCheckpoint.open(path)
-        self.name = name
-        self.nbytes = checkpoint.layout.nbytes
-        self.spans = {
-            (layer, expert): ExpertSpan(*checkpoint.expert_span(layer, expert))
-            for layer in checkpoint.layers
-            for expert in range(checkpoint.num_experts(layer))
-        }
-        self.trace = Trace(
-            len(checkpoint.layers),
-            checkpoint.num_experts(checkpoint.layers[0]),
-            checkpoint.config["num_experts_per_tok"],
-        )
-        disk = DiskTier(self.spans, drop_cache=True)
-        assert disk.direct, f"the file system of `{path}` has no direct reads"
-        slot_nbytes = checkpoint.layout.slot_nbytes
-        self.slots = int(SHARE * len(self.spans))
-        self.arena = HostArena(self.slots * slot_nbytes, slot_nbytes)
-        self.manager = ExpertManager(disk, self.arena)
-        self._fill()
-
-    def _fill(self) -> None:
-        """Touch every page of the arena: the system's work is not the disk's."""
-        for layer, expert in list(self.spans)[: self.slots]:
-            self.manager.ensure(layer, [expert]).release()
-
-    def run(self, way: Way, seed: int) -> tuple[float, float, float, float]:
-        """(bytes a second, share of them used, hit rate, tokens a second)"""
-        manager, before = self.manager, self.manager.stats
-        begin = time.perf_counter()
-        count = 0
-        for layer, experts, guesses in self.trace.requests(way.guesses, seed):
-            following = (layer + 1) % self.trace.layers
-            if way.streams:
-                stream = manager.stream(layer, experts)
-                if guesses:
-                    manager.prefetch(following, guesses)
-                for lease in stream:
-                    with lease:
-                        self._compute(way, len(lease.addresses))
-            else:
-                if guesses:
-                    manager.prefetch(following, guesses)
-                with manager.ensure(layer, experts) as lease:
-                    self._compute(way, len(experts))
-            if way.computes:
-                time.sleep(BETWEEN_S)
-            count += 1
-            if time.perf_counter() - begin > WAY_S:
-                break
-        seconds = time.perf_counter() - begin
-        manager.cancel_prefetch()
-        manager.drain_prefetch()
-        found = manager.stats - before
-        used = 1 - (found.prefetch_reads - found.prefetch_hits) * self.nbytes / found.disk_nbytes
-        assert found.hit_rate is not None
-        return (
-            found.disk_nbytes / seconds,
-            used,
-            found.hit_rate,
-            count / self.trace.layers / seconds,
-        )
-
-    def _compute(self, way: Way, count: int) -> None:
-        if way.computes:
-            time.sleep(count * self.nbytes / COMPUTE_BW)
-
-
-class Ceiling:
-    """Direct reads of experts, by threads that do nothing else.
-
-    Into the arena, whose pages may be large ones: that alone made reads twice as fast on a virtual
-    disk. What the manager believes to lie there is spoilt, which nobody looks at here.
-    """
-
-    def __init__(self, spans: dict[ExpertKey, ExpertSpan], arena: HostArena) -> None:
-        self._spans, self._arena = list(spans.values()), arena
-        paths = {span.path for span in self._spans}
-        self._files = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths}
-        self._nbytes = max(span.nbytes for span in self._spans) // 4096 * 4096
-        pieces = sorted({self._nbytes, min(self._nbytes, PIECE_NBYTES)})
-        self.ways = [(depth, piece) for piece in pieces for depth in DEPTHS]
-
-    def measure(self, way: tuple[int, int], seed: int) -> float:
-        """Bytes a second of so many threads that read so many bytes at once."""
-        depth, piece = way
-        counts = [0] * depth
-        begin = time.perf_counter()
-
-        def read(i: int) -> None:
-            draw = random.Random(seed * 100 + i)
-            slots = itertools.cycle(range(i, self._arena.num_slots, depth))
-            while time.perf_counter() - begin < CEILING_S:
-                span, buffer = draw.choice(self._spans), self._arena.buffer(next(slots))
-                for done in range(0, self._nbytes, piece):
-                    end = min(done + piece, self._nbytes)
-                    with buffer[done:end] as target:
-                        counts[i] += os.preadv(self._files[span.path], [target], span.offset + done)
-
-        threads = [threading.Thread(target=read, args=(i,)) for i in range(depth)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(counts) / (time.perf_counter() - begin)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-
-
-def measure(name: str, path: Path, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """The rows of a model, and the GB/s of its ceiling by threads and bytes at once."""
-    subject = Subject(name, path)
-    ceiling = Ceiling(subject.spans, subject.arena)
-    ceilings: list[dict[tuple[int, int], float]] = []
-    runs: list[dict[str, tuple[float, float, float, float]]] = []
-    for number in range(1, rounds + 1):
-        ceilings.append({way: ceiling.measure(way, number) for way in ceiling.ways})
-        ways = random.Random(number).sample(WAYS, len(WAYS))
-        runs.append({way.name: subject.run(way, number) for way in ways})
-    medians = {way: statistics.median(c[way] for c in ceilings) for way in ceiling.ways}
-    ceiling.close()
-    subject.manager.close()
-    best = max(medians, key=lambda way: medians[way])
-    rows = []
-    for way in WAYS:
-        found = [run[way.name] for run in runs]
-        shares = [f[0] / c[best] for f, c in zip(found, ceilings, strict=True)]
-        middle = [statistics.median(column) for column in zip(*found, strict=True)]
-        rows.append(
-            Row(
-                *(name, way.name, middle[0] / 1e9, statistics.median(shares)),
-                *(min(shares), max(shares), middle[1], middle[2], middle[3]),
-            )
-        )
-    return rows, {
-        f"{depth} x {piece / 2**20:.1f} MiB": value / 1e9
-        for (depth, piece), value in medians.items()
-    }
-
-
 def main() -> None:
+    options = _parser().parse_args()
+    results: dict[str, Any] = {}
+    if options.json is not None and options.json.exists():
+        results = json.loads(options.json.read_text())  # of the part that is not run now
+    for part in options.parts:
+        title = _title(part, options.most_bw)
+        results[title] = {"load": os.getloadavg()[0], "models": []}
+        for name in options.models:
+            path = write_model(options.work / name.lower(), MODELS[name])
+            found = _measure(part, name, path, options)
+            results[title]["models"].append(found)
+            if options.json is not None:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--parts", nargs="+", choices=["engine", "asked"], default=["engine"])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--threads", type=int, help="of the engine; else one a physical core")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="in tokens")
+    parser.add_argument("--new-tokens", type=int, default=24, help="of an answer")
+    parser.add_argument(
+        "--most-bw", type=float, help="bytes a second that the disk is to give the engine at most"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
-    options = parser.parse_args()
-    rows: list[Row] = []
-    ceilings: dict[str, dict[str, float]] = {}
-    load = os.getloadavg()[0]
-    for name, config in MODELS.items():
-        path = write_model(options.work / name.lower(), config)
-        found, ceilings[name] = measure(name, path, options.rounds)
-        rows += found
-        depths = ", ".join(f"{depth}: {value:.2f}" for depth, value in ceilings[name].items())
-        print(f"{name}: GB/s by threads and bytes at once: {depths}")
-        print(
-            "| experts are asked for | GB/s | of the ceiling | least to most | of it used | hits |"
+    return parser
+
+
+def _title(part: str, most_bw: float | None) -> str:
+    """Under which the figures are kept: those of a slower disk beside those of this one."""
+    if part == "engine" and most_bw is not None:
+        return f"{part}, disk of {most_bw / 1e9:g} GB/s"
+    return part
+
+
+def _measure(part: str, name: str, path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    if part == "engine":
+        settings = engine.Settings(
+            *(options.rounds, options.threads, options.most_bw),
+            *(tuple(options.prompts), options.new_tokens),
         )
-        print("|---|---|---|---|---|---|")
-        for row in found:
-            print(
-                f"| {row.way} | {row.gb_s:.2f} | {row.share:.0%} | {row.share_least:.0%} to "
-                f"{row.share_most:.0%} | {row.used:.0%} | {row.hit_rate:.0%} |",
-                flush=True,
-            )
-    if options.json is not None:
-        content = {"load": load, "ceiling_gb_s": ceilings, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        found = engine.measure(name, path, settings)
+        text = engine.table(found)
+    else:
+        rows, ceilings = asked.measure(name, path, options.rounds)
+        found = {"model": name, "ceiling_gb_s": ceilings, "rows": [asdict(row) for row in rows]}
+        text = asked.table(rows)
+    depths = ", ".join(f"{way}: {value:.2f}" for way, value in found["ceiling_gb_s"].items())
+    print(f"{name}: GB/s by threads and bytes at once: {depths}\n{text}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _write_shards(folder: Path, plan: OutputPlan) -> None:
 
 
 def _bytes_of(unit: Unit, noise: memoryview, start: int) -> Iterator[bytes | memoryview]:
-    if unit.item is None:
+    if unit.source is None:
         yield unit.constant
         return
     for tensor in unit.tensors:
@@ -145,11 +145,16 @@ def _bytes_of(unit: Unit, noise: memoryview, start: int) -> Iterator[bytes | mem
 
 
 def _floats(tensor: OutputTensor) -> memoryview:
-    """Scales that keep numbers near one, norms of one, and random routers and embeddings."""
+    """Scales of codes that are all as likely, so that products keep the size of what they are of;
+    norms of one; routers, and embeddings of size one."""
     if tensor.name.endswith("weight_scale"):
-        values = torch.full(tensor.shape, 0.002, dtype=torch.bfloat16)
+        scheme = EXPERTS if ".experts." in tensor.name else DENSE
+        inputs = tensor.shape[-1] * scheme.group_size
+        spread = ((4**scheme.bits - 1) / 12) ** 0.5
+        values = torch.full(tensor.shape, inputs**-0.5 / spread, dtype=torch.bfloat16)
     elif len(tensor.shape) == 1:
         values = torch.ones(tensor.shape, dtype=torch.bfloat16)
     else:
-        values = torch.randn(tensor.shape).mul_(0.02).bfloat16()
+        size = 1.0 if "embed_tokens" in tensor.name else tensor.shape[-1] ** -0.5
+        values = torch.randn(tensor.shape).mul_(size).bfloat16()
     return memoryview(values.view(torch.uint8).flatten().numpy())
