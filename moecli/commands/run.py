@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moecli import options, ui
+from moecli import options, run_view
 from moecli.answering import discard, stats_dict, stream_answer
 from moecli.chat import Conversation
 from moecli.commands.opening import model_directory, open_engine
@@ -94,9 +94,9 @@ def _answer(
         if as_json:
             _print_json(engine, finished, pictures)
         if verbose:
-            ui.show_timings(finished.stats, engine.plan)
+            run_view.show_timings(finished.stats, engine.plan)
             if engine.eye is not None and pictures:
-                ui.show_choices(engine.eye.choices())
+                run_view.show_choices(engine.eye.choices())
     if finished.reason == "context":
         say("the answer ends here because the context is full; `--ctx` makes it longer")
     if finished.reason == "cancelled":
@@ -113,12 +113,15 @@ def _read_pictures(directory: Path, images: list[Path]) -> "list[Picture]":
 
 
 def _print_json(engine: "Engine", finished: Finished, pictures: "list[Picture]") -> None:
+    from moecli.beside import beside
+
     content: dict[str, Any] = {
         "model": engine.path.name,
         "text": finished.text,
         "finish_reason": finished.reason,
         "stats": stats_dict(finished),
         "plan": engine.plan.to_dict(),
+        "beside": asdict(beside(engine.plan, finished.stats)),
     }
     if engine.eye is not None and pictures:
         content["images"] = [picture.to_dict() for picture in pictures]
