@@ -1,9 +1,11 @@
 """Knows the numbers that a benchmark of a model ends with; measures nothing."""
 
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
+from moecli.beside import Beside, Pair, by_memory, hits, planned_traffic
+from moecli.roofline import Traffic
 from offload.plan import MemoryPlan
 
 
@@ -17,6 +19,7 @@ class Run:
     ttft_s: float | None = None  # of a prompt
     read_nbytes: float | None = None  # a token of an answer, from where it was computed
     allowed_tok_s: float | None = None  # of an answer, by the bandwidths at that time
+    traffic: Traffic | None = None  # of an answer
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class BenchRow:
         """Median of what each run reached of what its bandwidths allowed."""
         shares = [run.tok_s / run.allowed_tok_s for run in self.runs if run.allowed_tok_s]
         return statistics.median(shares) if shares else None
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """Median of each memory's bytes a token; None of a prompt."""
+        runs = [run.traffic for run in self.runs if run.traffic is not None]
+        if not runs:
+            return None
+        return Traffic(*(statistics.median(each) for each in zip(*map(astuple, runs), strict=True)))
 
     def median(self, name: str) -> float | None:
         """Of a field of the runs; None where it is unknown."""
@@ -73,11 +84,30 @@ class BenchResult:
     vram_bw: float | None
     peak_rss_nbytes: int
     peak_vram_nbytes: int | None
+    grown_rss_nbytes: int | None  # of the peak, since the model was opened first
     page_cache_dropped: bool  # before cold runs
     rows: tuple[BenchRow, ...]
     plan: MemoryPlan  # with what these bandwidths let it predict
 
+    @property
+    def warm(self) -> BenchRow:
+        """The answers that predictions are about."""
+        return next(r for r in self.rows if r.slots == "warm" and r.test.startswith("tg"))
+
+    @property
+    def beside(self) -> Beside:
+        plan, warm = self.plan, self.warm
+        vram = plan.vram_nbytes if plan.on_device else None
+        return Beside(
+            tok_s=Pair(plan.predicted_tok_s, warm.tok_s),
+            hit_rate=hits(plan, warm.median("hit_rate")),
+            a_token=by_memory(planned_traffic(plan), warm.traffic),
+            ram_nbytes=Pair(plan.ram_nbytes, self.grown_rss_nbytes),
+            vram_nbytes=Pair(vram, self.peak_vram_nbytes),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Every number, for `--json`."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return found | {"rows": [row.to_dict() for row in self.rows], "plan": self.plan.to_dict()}
+        rows = [row.to_dict() for row in self.rows]
+        return found | {"rows": rows, "plan": self.plan.to_dict(), "beside": asdict(self.beside)}

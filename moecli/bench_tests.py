@@ -125,6 +125,7 @@ class BenchTests:
             traffic.moved,
             read_nbytes=traffic.ram + traffic.vram,
             allowed_tok_s=allowed_tok_s(traffic, machine),
+            traffic=traffic,
         )
 
     def _generate(self, prompt: int, max_tokens: int) -> tuple[GenerationStats, CacheStats]:

@@ -48,15 +48,17 @@ def run_bench(
         progress(next(count), config.num_runs)
 
     cold: dict[str, list[Run]] = {}
-    dropped = config.cold > 0
+    dropped, before = config.cold > 0, []
     for test in ("prompt", "answer") * config.cold:
         dropped &= drop_page_cache(subject.path)
         with subject.open() as engine:
+            before.append(engine.rss_before)
             tests, _ = _tests(subject, engine, config, cancelled)
             name, run = tests.prompt() if test == "prompt" else tests.answer()
         cold.setdefault(name, []).append(run)
         done()
     with subject.open() as engine:
+        before.append(engine.rss_before)
         tests, machine = _tests(subject, engine, config, cancelled)
         warm = _warm_runs(tests, config, done)
         rates = machine.typical()
@@ -71,6 +73,7 @@ def run_bench(
             vram_bw=rates.vram_bw,
             peak_rss_nbytes=peak_rss_nbytes(),
             peak_vram_nbytes=tests.peak_vram_nbytes,
+            grown_rss_nbytes=peak_rss_nbytes() - before[0],
             page_cache_dropped=dropped,
             rows=_rows("cold", cold) + _rows("warm", warm),
             plan=_predicted(engine, subject.engine_config, rates),

@@ -44,7 +44,7 @@ from moecli.vision.picture import Picture
 from moecli.vision.tokens import IMAGE, spread
 from moecli.vision.tower import Tower
 from offload.disk import DiskTier, ExpertSpan
-from offload.hardware import Machine, detect
+from offload.hardware import Machine, detect, peak_rss_nbytes
 from offload.plan import MemoryPlan
 from offload.stats import CacheStats
 from offload.trace import Trace
@@ -84,6 +84,7 @@ class Engine:
         self.ctx = context_size(config.ctx, self.spec)
         if not isinstance(self.spec, ModelSpec):
             config = within_library(config, self.spec, self.ctx, notify)
+        self.rss_before = peak_rss_nbytes()  # what of later peaks is not the model's
         device = compute_device(config, self.spec)
         self._parts: Parts
         if device is None:
@@ -131,6 +132,7 @@ class Engine:
             self.ctx,
             config.prefill_chunk,
             self.eye,
+            self.rss_before,
         )
 
     @property

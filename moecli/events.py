@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from offload.stats import CacheStats
+
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
@@ -52,6 +54,9 @@ class GenerationStats:
     peak_vram_nbytes: int | None = None
     image_tokens: int = 0  # of the prompt, cached ones included: patches of pictures
     looking_s: float = 0.0  # in the vision tower; part of ttft_s, not of prefill_tok_s
+    decode_steps: int = 0  # forward passes after the first token
+    decoded: CacheStats = CacheStats()  # noqa: RUF009 frozen. What experts cost in these
+    grown_rss_nbytes: int | None = None  # the most that was taken since the model was opened
 
     @property
     def hit_rate(self) -> float | None:

@@ -52,6 +52,7 @@ class Runtime:
     ctx: int
     prefill_chunk: int
     eye: Eye | None  # of a model that sees pictures
+    rss_before: int  # bytes this process had taken before the model was opened
 
 
 def generate(
@@ -92,7 +93,12 @@ def generate(
         yield TextDelta(delta)
     stats = meter.stats(len(token_ids), cached, computed, answer.num_tokens)
     image_tokens = sum(len(placed.positions) for placed in prompt.pictures)
-    stats = replace(stats, peak_vram_nbytes=runtime.peak_vram(), image_tokens=image_tokens)
+    stats = replace(
+        stats,
+        peak_vram_nbytes=runtime.peak_vram(),
+        image_tokens=image_tokens,
+        grown_rss_nbytes=stats.peak_rss_nbytes - runtime.rss_before,
+    )
     yield Finished(reason, answer.text, stats)
 
 
@@ -228,13 +234,17 @@ class _Meter:
         self._before = read()
         self._started = time.perf_counter()
         self._first: float | None = None
+        self._answering = self._started
+        self._prompt_read = self._before
         self._last = self._started
         self._sampled = 0
         self._looking_s = 0.0
 
     def token(self) -> None:
         self._last = time.perf_counter()
-        self._first = self._first or self._last
+        if self._first is None:
+            self._first, self._prompt_read = self._last, self._read()
+            self._last = self._answering = time.perf_counter()  # a card's counters take a while
         self._sampled += 1
 
     @contextmanager
@@ -245,9 +255,10 @@ class _Meter:
         self._looking_s += time.perf_counter() - started
 
     def stats(self, prompt: int, cached: int, computed: int, generated: int) -> GenerationStats:
-        cache = self._read() - self._before
+        now = self._read()
+        cache = now - self._before
         ttft = (self._first or time.perf_counter()) - self._started
-        decode = self._last - (self._first or self._last)
+        decode = self._last - self._answering if self._sampled > 1 else 0.0
         return GenerationStats(
             prompt_tokens=prompt,
             cached_tokens=cached,
@@ -265,4 +276,6 @@ class _Meter:
             experts_sliced=cache.sliced,
             link_nbytes=cache.device_nbytes,
             looking_s=self._looking_s,
+            decode_steps=max(0, self._sampled - 1),
+            decoded=now - self._prompt_read if self._sampled else CacheStats(),
         )

@@ -12,6 +12,9 @@ from quant.layout import ExpertLayout
 # tiny ones would take long.
 _SPREAD_NBYTES = 256 << 20
 _MOST_EXPERTS = 64
+# At decode few tokens pass a layer in compiled calls; those measured begin in Python, which tiny
+# experts would not be worth: so a call has as much work as makes that small.
+_CALL_NBYTES = 1 << 20
 _BYTE = 0x3C  # makes small scales: nothing overflows
 
 
@@ -27,35 +30,37 @@ def with_compute(
 
 
 def expert_compute(layout: ExpertLayout, top_k: int, shared_by: int = 0) -> HostCompute:
-    """Experts of this kind on the CPU as a decode step asks for them: one token, `top_k` experts.
+    """Experts of this kind on the CPU as a decode step asks for them: one token, `top_k` experts,
+    or as many more as make one call's own cost small.
 
     And as a prompt does, where `shared_by` tokens share each; 0: that is not asked for. With
     torch's present number of threads, and the backend that is chosen for the CPU.
     """
+    at_once = max(top_k, min(-(-_CALL_NBYTES // layout.nbytes), _MOST_EXPERTS))
     name = (
-        f"{layout.scheme.name} {layout.hidden_size}x{layout.intermediate_size} top-{top_k} "
+        f"{layout.scheme.name} {layout.hidden_size}x{layout.intermediate_size} {at_once} at once "
         f"{ops.current_backend()} {torch.get_num_threads()} threads {__version__}"
     )
     blobs: list[torch.Tensor] = []
 
     def addresses_of_all() -> torch.Tensor:
         if not blobs:  # on the first run, which warms up
-            blobs.extend(_experts(layout, top_k))
+            blobs.extend(_experts(layout, at_once))
         return torch.tensor([blob.data_ptr() for blob in blobs])  # [E]
 
     def compute() -> int:
         addresses = addresses_of_all()
         hidden = torch.ones(1, layout.hidden_size)  # [T, H]
-        weights = torch.ones(1, top_k)  # [T, k]
-        steps = len(blobs) // top_k
+        weights = torch.ones(1, at_once)  # [T, k]
+        steps = len(blobs) // at_once
         for step in range(steps):
-            chosen = torch.arange(step * top_k, (step + 1) * top_k)[None]  # [T, k]
+            chosen = torch.arange(step * at_once, (step + 1) * at_once)[None]  # [T, k]
             ops.routed_experts(hidden, chosen, weights, addresses, layout)
-        return steps * top_k * layout.nbytes
+        return steps * at_once * layout.nbytes
 
     def share() -> int:
         addresses = addresses_of_all()
-        tokens = shared_by * len(blobs) // top_k
+        tokens = max(1, shared_by * len(blobs) // top_k)
         chosen = (torch.arange(tokens * top_k) % len(blobs)).view(tokens, top_k)  # [T, k]
         weights = torch.ones(tokens, top_k)
         hidden = torch.ones(tokens, layout.hidden_size)
@@ -65,8 +70,8 @@ def expert_compute(layout: ExpertLayout, top_k: int, shared_by: int = 0) -> Host
     return HostCompute(name, compute, share if shared_by else None, shared_by)
 
 
-def _experts(layout: ExpertLayout, top_k: int) -> list[torch.Tensor]:
-    """Made-up experts, uint8 [nbytes] each."""
+def _experts(layout: ExpertLayout, at_once: int) -> list[torch.Tensor]:
+    """Made-up experts for whole calls, uint8 [nbytes] each."""
     wanted = min(-(-_SPREAD_NBYTES // layout.nbytes), _MOST_EXPERTS)
-    count = max(1, wanted // top_k) * top_k
+    count = max(1, wanted // at_once) * at_once
     return [torch.full((layout.nbytes,), _BYTE, dtype=torch.uint8) for _ in range(count)]

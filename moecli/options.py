@@ -45,7 +45,7 @@ Vram = Annotated[
     option(
         "--vram",
         metavar="SIZE",
-        help="VRAM to stay within: `20GiB`, or `80%` of the card; else what is free.",
+        help="VRAM to stay within: `20GiB`, or `80%` of the card; else what is free. 0: no card.",
     ),
 ]
 Device = Annotated[

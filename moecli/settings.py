@@ -22,7 +22,7 @@ from moecli.config import (
     SamplingConfig,
 )
 from moecli.errors import MoecliError
-from moecli.units import Size, parse_count, parse_size
+from moecli.units import Size, parse_count, parse_size, parse_size_or_none
 
 
 def parse_int(text: str, name: str) -> int:
@@ -62,7 +62,7 @@ def _text(text: str, name: str) -> str:
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "ctx": parse_count,
     "ram": parse_size,
-    "vram": parse_size,
+    "vram": parse_size_or_none,
     "threads": parse_int,
     "kernels": _one_of("kernels", KERNELS),
     "device": _one_of("device", DEVICES),
@@ -109,6 +109,14 @@ class Settings:
         values = self._values
         builtin = EngineConfig()
         device = values.get("device", builtin.device)
+        if values.get("vram") == Size(nbytes=0):  # no card, or none of it
+            if device == "cuda":
+                raise MoecliError(
+                    "`--device cuda` with no VRAM: the two contradict each other",
+                    "leave out one of them",
+                    exit_code=2,
+                )
+            device = "cpu"
         return EngineConfig(
             ctx=values.get("ctx"),
             ram_nbytes=_budget(values.get("ram"), "RAM"),

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moecli import options, ui
+from moecli import options, run_view, ui
 from moecli.chat import Conversation
 from moecli.config import SamplingConfig
 from moecli.errors import MoecliError
@@ -160,9 +160,9 @@ def _image(talk: Talk, argument: str) -> None:
 
 def _stats(talk: Talk, argument: str) -> None:
     if talk.last is not None:
-        ui.show_timings(talk.last, talk.engine.plan)
+        run_view.show_timings(talk.last, talk.engine.plan)
     if talk.engine.eye is not None:
-        ui.show_choices(talk.engine.eye.choices())
+        run_view.show_choices(talk.engine.eye.choices())
     for label, value in talk.facts():
         say(f"{label:<9}{value}")
 

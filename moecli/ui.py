@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from moecli.events import GenerationStats
 from moecli.progress import ConversionLines, PullLines, time_left
 from moecli.terminal import bold, dim, for_terminal, has_colors, is_terminal, say, styled
 from moecli.units import format_bandwidth, format_nbytes, format_seconds, format_wait
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from moecli.hub.client import RemoteFile
     from moecli.hub.pulling import Pull, PullProgress
-    from moecli.vision.kinds import KindChoices
     from offload.plan import MemoryPlan
     from quant.job import ConversionProgress, ConversionResult
 
@@ -162,74 +160,6 @@ class Thoughts:
         sys.stderr.flush()
 
 
-def stats_line(stats: GenerationStats) -> str:
-    """The numbers of an answer in one line."""
-    parts = [f"{stats.generated_tokens} tokens"]
-    if stats.decode_tok_s:
-        parts.append(f"{stats.decode_tok_s:.1f} tok/s")
-    parts.append(f"first after {format_seconds(stats.ttft_s)}")
-    if stats.hit_rate is not None:
-        parts.append(f"expert hits {stats.hit_rate:.1%}")
-    parts.append(_peaks(stats, "peak memory "))
-    return ", ".join(parts)
-
-
-def _peaks(stats: GenerationStats, label: str) -> str:
-    ram = f"{label}{format_nbytes(stats.peak_rss_nbytes)}"
-    vram = stats.peak_vram_nbytes
-    return ram if vram is None else f"{ram} and {format_nbytes(vram)} of VRAM"
-
-
-def show_stats_line(stats: GenerationStats) -> None:
-    say(dim(stats_line(stats), sys.stderr))
-
-
-def show_timings(stats: GenerationStats, plan: "MemoryPlan") -> None:
-    """The numbers of a run, and what the plan had predicted."""
-    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
-    lines = [
-        f"prompt   {stats.prompt_tokens} tokens{cached}, {stats.prefill_tok_s:.1f} tok/s, "
-        f"first token after {format_seconds(stats.ttft_s)}",
-        f"answer   {stats.generated_tokens} tokens, {stats.decode_tok_s:.1f} tok/s{_said(plan)}",
-        f"experts  {_hits(stats, plan)}; {places(plan)}",
-        f"memory   {_peaks(stats, 'peak ')}; the plan takes {memory(plan)}",
-    ]
-    if served := _served(stats):
-        lines.insert(3, f"lanes    {served}")
-    if stats.image_tokens:
-        looked = f", looked at for {format_seconds(stats.looking_s)}" if stats.looking_s else ""
-        lines.insert(1, f"pictures {stats.image_tokens} tokens of the prompt{looked}")
-    for line in lines:
-        say(dim(line, sys.stderr))
-
-
-def show_choices(choices: "KindChoices") -> None:
-    """Which experts the image and the text tokens of prompts chose, where there were both."""
-    alike = choices.alike()
-    if not alike:
-        return
-    kinds = (("image", choices.image), ("text", choices.text))
-    shares = [
-        f"the busiest expert of a layer takes {choices.busiest(kind):.1%} of {name} tokens"
-        for name, kind in kinds
-    ]
-    least = min(alike, key=lambda layer: alike[layer])
-    hottest = [
-        f"{name} tokens choose {', '.join(map(str, choices.hottest(kind[least])))}"
-        for name, kind in kinds
-    ]
-    mean = sum(alike.values()) / len(alike)
-    say(dim(f"choices  {', '.join(shares)}; alike in {mean:.1%}", sys.stderr))
-    where = f"in layer {least} ({alike[least]:.1%})"
-    say(dim(f"         least alike {where}: {', '.join(hottest)} most", sys.stderr))
-
-
-def _said(plan: "MemoryPlan") -> str:
-    if plan.predicted_tok_s is None:
-        return ""
-    return f" (planned: {at_most(plan.predicted_tok_s, plan.bottleneck)})"
-
-
 # Tokens a second, beyond which bandwidth alone says nothing of a step: launching its kernels,
 # drawing a token and writing its text count for more then.
 BEYOND_BANDWIDTH = 1000
@@ -261,31 +191,6 @@ def limit(bottleneck: str | None) -> str:
     """What a plan calls a bottleneck, for people."""
     assert bottleneck is not None, "a speed without a bottleneck"
     return _LIMITS[bottleneck]
-
-
-def _hits(stats: GenerationStats, plan: "MemoryPlan") -> str:
-    """Of what was asked for, what was there; the plan counts on the share that has a place."""
-    sliced = f"{stats.experts_sliced} asked for by slices"
-    if stats.hit_rate is None:
-        return sliced if stats.experts_sliced else "none asked for"
-    read = format_nbytes(stats.expert_nbytes_read)
-    requests = stats.expert_hits + stats.expert_misses
-    assumed = "" if plan.slice_size else f" ({plan.hit_rate_assumed:.1%} planned)"
-    hits = f"{stats.hit_rate:.1%} of {requests} hit{assumed}, {read} read"
-    return f"{sliced}, {hits}" if stats.experts_sliced else hits
-
-
-def _served(stats: GenerationStats) -> str:
-    """How experts that VRAM lacked were served while decoding."""
-    kinds = (
-        (stats.experts_fetched, "fetched"),
-        (stats.experts_linked, "read in place over the link"),
-        (stats.experts_hosted, "computed by the processor"),
-    )
-    parts = [f"{count} {kind}" for count, kind in kinds if count]
-    if stats.link_nbytes:
-        parts.append(f"{format_nbytes(stats.link_nbytes)} over the link in all")
-    return ", ".join(parts)
 
 
 def show_chat_header(version: str, lines: Sequence[str]) -> None:

@@ -30,6 +30,13 @@ class Size:
         return int(self.share * whole_nbytes)
 
 
+def parse_size_or_none(text: str, name: str) -> Size:
+    """As parse_size, and 0, with any unit or none: there is nothing of it."""
+    match = _NUMBER.fullmatch(text.strip())
+    nothing = match and not float(match[1]) and match[2].lower() in {"", "%", *_UNITS}
+    return Size(nbytes=0) if nothing else parse_size(text, name)
+
+
 def parse_size(text: str, name: str) -> Size:
     """`24GiB`, `24g`, `500MB`, `80%`. Raises MoecliError (usage), naming the option `name`."""
     match = _NUMBER.fullmatch(text.strip())

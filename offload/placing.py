@@ -183,17 +183,18 @@ def speed(footprint: ModelFootprint, machine: Machine, where: Places, lanes: Lan
 def speed_without_device(footprint: ModelFootprint, machine: Machine, in_memory: int) -> Speed:
     """One token where the processor computes all: dense weights and experts are read from RAM.
 
-    As fast as its kernels compute experts, where that is known, but not faster than RAM is read.
+    Experts as fast as its kernels compute them, where that is known, but not faster than RAM is
+    read; dense weights, whose kernels nobody has measured, as fast as RAM is read.
     """
     total, active = footprint.total_experts, footprint.active_expert_nbytes
-    read = footprint.dense_nbytes + active
     disk = round(active * (total - in_memory) / total)
-    found = Speed(0, read, 0, disk)
+    found = Speed(0, footprint.dense_nbytes + active, 0, disk)
     host, ram = machine.host_bw or inf, machine.ram_bw or inf
-    rate = min(host, ram)
-    if rate == inf or (disk and not machine.disk_bw):
+    if min(host, ram) == inf or (disk and not machine.disk_bw):
         return found
-    parts = {"cpu" if host < ram else "ram": read / rate}
+    parts = {"ram": 0.0, "cpu": 0.0}
+    parts["cpu" if host < ram else "ram"] += active / min(host, ram)
+    parts["cpu" if ram == inf else "ram"] += footprint.dense_nbytes / (host if ram == inf else ram)
     parts["disk"] = disk / machine.disk_bw if machine.disk_bw else 0.0
     return _timed(found, parts)
 

@@ -8,6 +8,7 @@ import typer
 from moecli import options, ui
 from moecli.commands.opening import model_directory, open_engine
 from moecli.errors import MoecliError
+from moecli.run_view import a_token
 from moecli.settings import Settings, parse_int
 from moecli.terminal import Interrupt
 from moecli.units import format_nbytes, format_seconds, parse_count
@@ -142,8 +143,17 @@ def _pairs(result: "BenchResult") -> list[tuple[str, str, str]]:
     if vram is not None:
         peak += f" and {format_nbytes(vram)} of VRAM"
     kernels = f"{result.device}, kernels {result.kernels}, {result.threads} threads"
+    beside = result.beside
+    grown = beside.ram_nbytes.measured
+    since = "" if grown is None else f", {format_nbytes(grown)} of RAM since the model was opened"
+    each = (*beside.a_token.values(), beside.hit_rate)
     return [
         ("predicted", _predicted(result), _full(plan.predicted_tok_s)),
+        (
+            "a token",
+            a_token(beside.a_token, beside.hit_rate),
+            "\t".join(f"{_full(pair.measured)}\t{_full(pair.planned)}" for pair in each),
+        ),
         ("experts", ui.places(plan), f"{plan.host_slots}\t{plan.total_experts}"),
         (
             "bandwidth",
@@ -152,7 +162,7 @@ def _pairs(result: "BenchResult") -> list[tuple[str, str, str]]:
         ),
         (
             "memory",
-            f"peak {peak}; the plan takes {ui.memory(plan)}",
+            f"peak {peak}{since}; the plan takes {ui.memory(plan)}",
             f"{result.peak_rss_nbytes}\t{_full(vram)}",
         ),
         ("computed by", kernels, f"{result.device}\t{result.kernels}\t{result.threads}"),
@@ -164,9 +174,4 @@ def _predicted(result: "BenchResult") -> str:
     plan, rate = result.plan, result.plan.predicted_tok_s
     if rate is None:
         return "unknown, as long as a bandwidth is"
-    warm = next(row for row in result.rows if row.slots == "warm" and row.test.startswith("tg"))
-    text = f"{ui.at_most(rate, plan.bottleneck)}, measured {warm.tok_s:.1f}"
-    hits = warm.median("hit_rate")
-    if hits is None:
-        return text
-    return f"{text}; hits {plan.hit_rate_assumed:.1%}, measured {hits:.1%}"
+    return f"{ui.at_most(rate, plan.bottleneck)}, measured {result.warm.tok_s:.1f}"

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moecli import __version__, options, store, ui
+from moecli import __version__, options, run_view, store, ui
 from moecli.commands.opening import model_directory, open_engine
 from moecli.errors import MoecliError
 from moecli.lines import Lines, open_lines, read_message
@@ -107,4 +107,4 @@ def _act(talk: Talk, lines: Lines, message: str) -> None:
             raise
         say("\nstopped")
     if lines.interactive and talk.last is not None and talk.last is not before:
-        ui.show_stats_line(talk.last)
+        run_view.show_stats_line(talk.last, talk.engine.plan)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moecli import options, ui
+from moecli import options, run_view
 from moecli.answering import Answer, NoWriter, StreamWriter, stats_dict, stream_answer
 from moecli.chat import Conversation
 from moecli.commands.opening import model_directory, open_engine
@@ -98,9 +98,9 @@ def _answer(
         if as_json:
             _print_json(engine, answer, pictures)
         if verbose:
-            ui.show_timings(finished.stats, engine.plan)
+            run_view.show_timings(finished.stats, engine.plan)
             if engine.eye is not None and pictures:
-                ui.show_choices(engine.eye.choices())
+                run_view.show_choices(engine.eye.choices())
     if finished.reason == "length" and answer.never_began:
         say("`-n` tokens were thought before the answer began; more of them let it begin")
     if finished.reason == "context":
@@ -119,6 +119,8 @@ def _read_pictures(directory: Path, images: list[Path]) -> "list[Picture]":
 
 
 def _print_json(engine: "Engine", answer: Answer, pictures: "list[Picture]") -> None:
+    from moecli.beside import beside
+
     finished = answer.finished
     content: dict[str, Any] = {
         "model": engine.path.name,
@@ -127,6 +129,7 @@ def _print_json(engine: "Engine", answer: Answer, pictures: "list[Picture]") -> 
         "finish_reason": finished.reason,
         "stats": stats_dict(finished),
         "plan": engine.plan.to_dict(),
+        "beside": asdict(beside(engine.plan, finished.stats)),
     }
     if engine.eye is not None and pictures:
         content["images"] = [picture.to_dict() for picture in pictures]

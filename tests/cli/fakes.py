@@ -22,6 +22,7 @@ from moecli.events import Event, Finished, GenerationStats, PrefillProgress, Tex
 from moecli.markup import Splitter, Thinking
 from offload.hardware import Machine
 from offload.plan import ModelFootprint, make_plan
+from offload.stats import CacheStats
 
 FOOTPRINT = ModelFootprint(
     dense_nbytes=8 << 20,
@@ -208,6 +209,9 @@ def _stats(prompt: int, cached: int, generated: int) -> GenerationStats:
         expert_misses=10,
         expert_nbytes_read=800_000,
         peak_rss_nbytes=PEAK_RSS,
+        decode_steps=2,
+        decoded=CacheStats(hits=12, misses=4, disk_nbytes=4 * FOOTPRINT.expert_nbytes),
+        grown_rss_nbytes=PEAK_RSS // 5,
     )
 
 

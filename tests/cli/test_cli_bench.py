@@ -8,13 +8,15 @@ import pytest
 
 from moecli import bench_tests
 from moecli.bench_result import BenchResult, BenchRow, Run
+from moecli.roofline import Traffic
 from offload.hardware import Machine
 from offload.plan import make_plan
 from tests.cli.fakes import FOOTPRINT, PEAK_RSS
 
 PLAN = make_plan(FOOTPRINT, Machine(ram_available=32 << 20, ram_bw=1e9, disk_bw=1e8), 14 << 20)
 PROMPT = (Run(400.0, 0.5, 2048.0, 1.25), Run(500.0, 0.5, 2048.0, 1.0))
-ANSWER = tuple(Run(rate, 0.75, 1024.0, None, 3 << 20, 100.0) for rate in (50.0, 60.0, 90.0))
+READ = Traffic(float(3 << 20), 0.0, 0.0, 1024.0)
+ANSWER = tuple(Run(rate, 0.75, 1024.0, None, 3 << 20, 100.0, READ) for rate in (50.0, 60.0, 90.0))
 RESULT = BenchResult(
     model="tiny",
     device="cpu",
@@ -26,6 +28,7 @@ RESULT = BenchResult(
     vram_bw=None,
     peak_rss_nbytes=PEAK_RSS,
     peak_vram_nbytes=None,
+    grown_rss_nbytes=PEAK_RSS // 5,
     page_cache_dropped=True,
     rows=(BenchRow("pp512", "cold", PROMPT), BenchRow("tg128", "warm", ANSWER)),
     plan=PLAN,
@@ -59,8 +62,9 @@ def test_piped_it_is_tabs_and_full_values(cli, model, asked) -> None:
         *("tg128", "warm", "60.0", "50.0", "90.0", "", "0.75", "1024.0", "3145728", "0.6"),
     ]
     assert lines[2] == f"predicted\t{PLAN.predicted_tok_s}"
-    assert lines[3] == f"experts\t{PLAN.host_slots}\t64"
-    assert lines[4:] == [
+    assert lines[3] == "a token\t3145728.0\t8708608\t1024.0\t195000\t0.75\t0.390625"
+    assert lines[4] == f"experts\t{PLAN.host_slots}\t64"
+    assert lines[5:] == [
         "bandwidth\t30000000000.0\t2000000000.0",
         f"memory\t{PEAK_RSS}\t",
         "computed by\tcpu\tauto\t2",
@@ -77,11 +81,17 @@ def test_markdown(cli, model, asked) -> None:
         "| tg128 | warm | 60.0 | 50.0 - 90.0 |  | 75.0% | 1.0 KiB | 3.0 MiB | 60% |",
     ]
     assert out[5] == (
-        f"- predicted: at most {PLAN.predicted_tok_s:.1f}, limited by RAM bandwidth, measured "
-        f"60.0; hits {PLAN.hit_rate_assumed:.1%}, measured 75.0%"
+        f"- predicted: at most {PLAN.predicted_tok_s:.1f}, limited by RAM bandwidth, measured 60.0"
+    )
+    assert out[6] == (
+        "- a token: 3.0 MiB from RAM (8.3 MiB planned), 1.0 KiB from disk (190 KiB planned), "
+        "75.0% of experts hit (39.1% planned)"
     )
     assert "- bandwidth: RAM 30.0 GB/s, disk 2.0 GB/s" in out
-    assert "- memory: peak 100 MiB; the plan takes 14.0 MiB of 14.0 MiB" in out
+    assert (
+        "- memory: peak 100 MiB, 20.0 MiB of RAM since the model was opened; "
+        "the plan takes 14.0 MiB of 14.0 MiB" in out
+    )
 
 
 def test_json_is_the_same_object(cli, model, asked) -> None:

@@ -136,9 +136,9 @@ def test_plan_of_scout(real_cli, scout) -> None:
     missing = active * (768 - plan["host_slots"]) / 768
     seconds = (plan["dense_nbytes"] + active) / 50e9 + missing / 5e9
     assert plan["predicted_tok_s"] == pytest.approx(1 / seconds)
-    plan = json.loads(real_cli("plan", scout, *flags, "--cpu-bw", "20GB/s", "--json").out)
+    plan = json.loads(real_cli("plan", scout, *flags, "--cpu-bw", "10GB/s", "--json").out)
     assert plan["bottleneck"] == "cpu"
-    seconds = (plan["dense_nbytes"] + active) / 20e9 + missing / 5e9
+    seconds = plan["dense_nbytes"] / 50e9 + active / 10e9 + missing / 5e9
     assert plan["predicted_tok_s"] == pytest.approx(1 / seconds)
 
 
@@ -156,7 +156,7 @@ def test_plan_piped_has_full_values(real_cli, scout) -> None:
     assert lines["KV cache, 8192 tokens"] == [str(8192 * 4096 * 48), "0", "48 layers hold all"]
     assert lines["budget"][0] == str(100 * GIB)
     assert lines["slots"] == ["768", "768"]
-    assert lines["decode tok/s"][1] == "cpu"
+    assert lines["decode tok/s"][1] == "ram", "more is read of dense weights than of experts"
 
 
 def test_plan_with_the_scheme_that_is_asked_for(real_cli, scout) -> None:

@@ -204,6 +204,13 @@ def test_groups_are_narrowed_to_what_divides_the_rows(real_cli: Command) -> None
     assert "groups of 128" in outcome.err
 
 
+def test_a_machine_without_a_card_says_so_with_no_vram(real_cli: Command) -> None:
+    rates = ("--ram", "64GiB", "--ram-bw", "60GB/s", "--cpu-bw", "50GB/s", "--disk", "7GB/s")
+    plan = planned(real_cli, "scout", *rates, "--vram", "0")
+    assert (plan["on_device"], plan["vram_budget"]) == (False, 0)
+    assert plan["predicted_tok_s"]
+
+
 def test_names_that_come_close_are_offered(real_cli: Command) -> None:
     outcome = real_cli("plan", "lama4-scuot")
     assert (outcome.code, outcome.out) == (1, "")

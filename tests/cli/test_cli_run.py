@@ -160,9 +160,11 @@ def test_verbose_timings_on_stderr(cli, model) -> None:
     assert outcome.err == (
         "prompt   23 tokens, 80.0 tok/s, first token after 0.25 s\n"
         "answer   2 tokens, 20.0 tok/s (planned: at most 93.8, limited by RAM bandwidth)\n"
-        "experts  75.0% of 40 hit (39.1% planned), 781 KiB read; "
-        "25 of 64 experts have a place in RAM\n"
-        "memory   peak 100 MiB; the plan takes 14.0 MiB of 14.0 MiB\n"
+        "a token  8.6 MiB from RAM (8.3 MiB planned), 156 KiB from disk (190 KiB planned), "
+        "75.0% of experts hit (39.1% planned)\n"
+        "experts  75.0% of 40 hit, 781 KiB read; 25 of 64 experts have a place in RAM\n"
+        "memory   peak 100 MiB, 20.0 MiB of RAM since the model was opened; "
+        "the plan takes 14.0 MiB of 14.0 MiB\n"
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from moecli.config import SamplingConfig
 from moecli.errors import MoecliError
 from moecli.settings import Settings, config_file, read_config_file
+from moecli.units import Size
 from tests.cli.fakes import FakeEngine
 
 
@@ -143,3 +144,15 @@ def test_flags_out_of_range(cli, model, flags) -> None:
     assert outcome.code == 1
     assert f"`{flags[0]}`" in outcome.err
     assert not FakeEngine.opened, "a wrong flag is told before the model is opened"
+
+
+@pytest.mark.parametrize("none", ["0", "0GiB", "0%", "0 MB"])
+def test_no_vram_means_no_card(none) -> None:
+    config = Settings({"vram": none}, {}).engine_config()
+    assert (config.device, config.vram_nbytes) == ("cpu", None)
+    assert Settings({}, {"vram": Size(nbytes=0)}).engine_config() == config
+    with pytest.raises(MoecliError, match="contradict") as caught:
+        Settings({"vram": none, "device": "cuda"}, {}).engine_config()
+    assert caught.value.exit_code == 2
+    with pytest.raises(MoecliError, match="is no size"):
+        Settings({"ram": none}, {})

@@ -1,5 +1,6 @@
 """The command in a real pseudo-terminal: streaming, Ctrl-C, history, colours, sizes."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pexpect
 import pytest
 
 from tests.cli import fakes
+from tests.e2e import tiny
 
 PROMPT = ">>> "
 ROOT = Path(fakes.__file__).parents[2]
@@ -71,8 +73,8 @@ def test_header_answer_and_numbers(spawn: Spawn, model: str) -> None:
     child.sendline("hello")
     child.expect_exact("you said: hello\r\n")
     child.expect_exact(
-        "\x1b[2m2 tokens, 20.0 tok/s, first after 0.25 s, expert hits 75.0%, "
-        "peak memory 100 MiB\x1b[0m"
+        "\x1b[2m2 tokens, 20.0 tok/s (114.8 planned), first after 0.25 s, "
+        "expert hits 75.0%, peak memory 100 MiB\x1b[0m"
     )
     child.expect_exact(PROMPT)
     assert leave(child) == 0
@@ -286,7 +288,9 @@ def test_list_is_a_table_on_a_terminal(spawn: Spawn, model: str) -> None:
 
 
 def test_quantize_draws_a_bar(spawn: Spawn, home: Path) -> None:
-    (home / "Llama").mkdir()
+    path = home / "Llama"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(tiny.qwen3_config()))
     child = spawn("quantize", "Llama")
     child.expect_exact("100 B of 100 B")
     child.expect_exact("error 8.00%")

@@ -8,7 +8,7 @@ import pytest
 from moecli.config import SIMULATED, EngineConfig
 from moecli.engine import Engine
 from moecli.events import GenerationStats
-from moecli.ui import show_timings, stats_line
+from moecli.run_view import show_timings, stats_line
 from tests.e2e.test_lanes import (
     ARMS,
     CHUNK,
@@ -93,8 +93,9 @@ def test_numbers_of_a_device_are_shown(
         link_nbytes=3 << 20,
         peak_vram_nbytes=5 << 30,
     )
-    assert stats_line(stats).endswith("peak memory 300 MiB and 5.0 GiB of VRAM")
-    show_timings(stats, device_engine[0].plan)
+    plan = device_engine[0].plan
+    assert stats_line(stats, plan).endswith("peak memory 300 MiB and 5.0 GiB of VRAM")
+    show_timings(stats, plan)
     shown = capsys.readouterr().err.splitlines()
     assert shown[3] == (
         "lanes    4 fetched, 2 read in place over the link, 1 computed by the processor, "

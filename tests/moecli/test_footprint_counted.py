@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
+
 from moecli import known
-from moecli.footprint import expert_nbytes, model_footprint, stored_nbytes
+from moecli.footprint import expert_layout, expert_nbytes, model_footprint, stored_nbytes
 from moecli.models.hf_outline import read_counted
 from moecli.models.outline import Counted, Outline
 from moecli.schemes import fitting
@@ -52,3 +54,14 @@ def test_scout_takes_in_files_what_its_parts_take() -> None:
     nbytes = experts * 9 // 16 + linears * 65 // 64 + 2 * rest
     assert stored_nbytes(scout, int4, int8) == nbytes
     assert stored_nbytes(scout, None, None) == 217_283_587_072
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in known.SPECS])
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_some_group_divides_every_row_of_every_built_in_model(name: str, scheme: str) -> None:
+    spec = counted(name)
+    rest = fitting(spec, QuantScheme.parse(scheme), experts=False)
+    for tensor in spec.dense_tensors:
+        if tensor.linear:
+            rest.check_shape(tensor.name, *tensor.shape)
+    expert_layout(spec, fitting(spec, QuantScheme.parse(scheme), experts=True))

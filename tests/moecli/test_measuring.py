@@ -17,6 +17,7 @@ def test_every_expert_is_computed_once_and_counted(
     monkeypatch: pytest.MonkeyPatch, spread: float, top_k: int, count: int
 ) -> None:
     monkeypatch.setattr(measuring, "_SPREAD_NBYTES", int(spread * LAYOUT.nbytes))
+    monkeypatch.setattr(measuring, "_CALL_NBYTES", 1)
     asked: list[int] = []
     results: list[torch.Tensor] = []
     real = ops.routed_experts
@@ -34,7 +35,23 @@ def test_every_expert_is_computed_once_and_counted(
     assert all(bool(torch.isfinite(result).all()) and result.any() for result in results)
 
 
-def test_kinds_of_experts_have_names_of_their_own() -> None:
+def test_a_call_has_so_much_work_that_its_own_cost_is_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a plan of tiny experts would promise less than a run reaches."""
+    work: list[int] = []
+    monkeypatch.setattr(ops, "routed_experts", lambda _, ids, *rest: work.append(ids.numel()))
+    demo = ExpertLayout(256, 128, QuantScheme(4, 32))
+    assert expert_compute(demo, 1).compute() == sum(work) * demo.nbytes
+    assert len(set(work)) == 1
+    assert work[0] * demo.nbytes >= 1 << 20
+    work.clear()
+    assert expert_compute(ExpertLayout(2048, 768, QuantScheme(4, 32)), 8).compute()
+    assert set(work) == {8}, "as a step asks for them, where they are large enough"
+
+
+def test_kinds_of_experts_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_CALL_NBYTES", 1)
     other = (
         expert_compute(ExpertLayout(64, 96, QuantScheme(8, 32)), 1),
         expert_compute(ExpertLayout(64, 128, QuantScheme(4, 32)), 1),
@@ -50,6 +67,7 @@ def test_a_prompt_shares_each_expert_among_so_many_tokens(
     monkeypatch: pytest.MonkeyPatch, top_k: int, shared_by: int
 ) -> None:
     monkeypatch.setattr(measuring, "_SPREAD_NBYTES", 6 * LAYOUT.nbytes)
+    monkeypatch.setattr(measuring, "_CALL_NBYTES", 1)
     asked: list[torch.Tensor] = []
 
     def spy(hidden: torch.Tensor, ids: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,20 @@ def test_everything_fits() -> None:
     assert plan.bottleneck == "ram"
 
 
+def test_experts_as_fast_as_they_are_computed_and_the_rest_as_ram_is_read() -> None:
+    """By hand: 1000 dense bytes and 1800 of experts a token."""
+    for ram, host, seconds, limit in (
+        (28_000.0, 18_000.0, 1000 / 28_000 + 0.1, "cpu"),
+        (28_000.0, 40_000.0, 0.1, "ram"),
+        (1_000.0, 40_000.0, 2.8, "ram"),
+        (None, 28_000.0, 0.1, "cpu"),
+        (2_000.0, 18_000.0, 1.4, "ram"),
+    ):
+        plan = make_plan(MODEL, replace(MACHINE, ram_bw=ram, host_bw=host), ram_nbytes=10**6)
+        assert plan.predicted_tok_s == pytest.approx(1 / seconds)
+        assert plan.bottleneck == limit
+
+
 def test_default_budget_is_four_fifths_of_what_is_available() -> None:
     plan = make_plan(MODEL, MACHINE)
     assert plan.ram_budget == 16_000
