@@ -82,7 +82,7 @@ class Engine:
         self.ctx = context_size(config.ctx, self.spec)
         if not isinstance(self.spec, ModelSpec):
             config = within_library(config, self.spec, self.ctx, notify)
-        device = compute_device(config, self.spec)
+        device = compute_device(config)
         self._parts: Parts
         if device is None:
             use_kernels(config.kernels, torch.device("cpu"))
