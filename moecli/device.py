@@ -26,6 +26,7 @@ from moecli.host_server import HostServer
 from moecli.kv_cache import KvCache
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
+from moecli.models.moe import expert_biases
 from moecli.selfcheck import FastPaths
 from moecli.session import Session
 from offload.host import HostArena
@@ -63,14 +64,16 @@ class DeviceParts:
         """Owns `tiers` and `weights`; `usage` counts which experts are asked for."""
         self.tiers, self._weights, self._settings, self._spec = tiers, weights, settings, spec
         self._usage = usage
-        math = ExpertMath(tiers.layout, spec.weight_on_input)
+        biases = tuple(expert_biases(spec, weights).values())
+        rules = (spec.weight_on_input, spec.expert_activation)
+        math = ExpertMath(tiers.layout, *rules, biases)
         self.lane = self._open_lane(math) if tiers.needs_host else None
         host = None
         if self.lane is not None:
             host = HostPart(self.lane, math, readable=self._host_may_point)
         slices = None
         if tiers.slices is not None:
-            slices = Slices(tiers.slices, ExpertMath(tiers.slice_layout, spec.weight_on_input))
+            slices = Slices(tiers.slices, math.of_first_rows(tiers.slice_layout))
         self.stream = StreamedExperts(tiers.manager, math, spec, tiers.residents, usage, slices)
         self._lanes = _decode_lanes(tiers, math, slices, host)
         experts = DeviceExperts(spec, self._lanes, self.stream)
@@ -99,7 +102,7 @@ class DeviceParts:
         tiers, spec = self.tiers, self._spec
         server = HostServer(
             tiers.manager,
-            math,
+            math.on_host(),
             spec,
             link_counts=tiers.plan.link_counts if self._host_may_point else None,
             rows=tiers.host_rows if tiers.plan.slice_size else None,

@@ -59,7 +59,7 @@ class HostPart:
             partial, addresses = self._lane.wait()  # fp32 [T, H], int64 [E]
             out.add_(partial)
             if self._readable:
-                self._math.add(out, hidden, ids, weights, addresses)
+                self._math.add(layer_index, out, hidden, ids, weights, addresses)
 
         return finish
 
@@ -84,7 +84,7 @@ class CachedExperts:
             finish = self._host.ask(index, hidden, ids, weights, cache.host_mask)
         cache.fetch()
         out = hidden.new_zeros(hidden.shape, dtype=torch.float32)  # [T, H]
-        self._math.add(out, hidden, ids, weights, cache.step_addresses)
+        self._math.add(index, out, hidden, ids, weights, cache.step_addresses)
         return Computed(out, hidden.dtype, finish)
 
 
@@ -100,7 +100,7 @@ class Slices:
         return self.math.layout.intermediate_size
 
     def add(self, index: int, out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        self.math.add(out, hidden, ids, weights, self.addresses[index])
+        self.math.add(index, out, hidden, ids, weights, self.addresses[index])
 
 
 class SlicedExperts:
@@ -143,7 +143,8 @@ class SlicedExperts:
         out = hidden.new_zeros(hidden.shape, dtype=torch.float32)  # [T, H]
         self._slices.add(index, out, hidden, ids, weights)
         if self._link_span[0] < self._link_span[1]:
-            self._math.add(out, hidden, ids, weights, self._whole[index], self._link_span)
+            whole = self._whole[index]
+            self._math.add(index, out, hidden, ids, weights, whole, self._link_span)
         return Computed(out, hidden.dtype, finish)
 
 
@@ -185,20 +186,20 @@ class StreamedExperts:
         return {expert: address for expert, address in found.items() if address}
 
     def begin(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Computed:
-        wanted = _distinct(ids)
+        wanted, index = _distinct(ids), self._indices[layer]
         self._usage.add(layer, wanted)
         here = self.resident(layer, wanted)
         self.resident_hits += len(here)
         out = hidden.new_zeros(hidden.shape, dtype=torch.float32)  # [T, H]
         if self._slices is not None:
-            self._slices.add(self._indices[layer], out, hidden, ids, weights)
+            self._slices.add(index, out, hidden, ids, weights)
         if here:
-            self._math.add(out, hidden, ids, weights, self._table(here, out.device))
+            self._math.add(index, out, hidden, ids, weights, self._table(here, out.device))
         missing = [expert for expert in wanted if expert not in here]
         for wave in self._manager.waves(layer, missing):
             with self._manager.ensure(layer, wave) as lease:
                 table = self._table(lease.addresses, out.device)
-                self._math.add(out, hidden, ids, weights, table, self._span)
+                self._math.add(index, out, hidden, ids, weights, table, self._span)
         return Computed(out, hidden.dtype, _nothing_left)
 
     def prefetch(self, layer: int, ids: Tensor) -> None:

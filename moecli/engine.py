@@ -85,7 +85,7 @@ class Engine:
         if not isinstance(self.spec, ModelSpec):
             config = within_library(config, self.spec, self.ctx, notify)
         self.rss_before = peak_rss_nbytes()  # what of later peaks is not the model's
-        device = compute_device(config, self.spec)
+        device = compute_device(config)
         self._parts: Parts
         if device is None:
             use_kernels(config.kernels, torch.device("cpu"))

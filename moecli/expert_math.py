@@ -5,7 +5,7 @@ Legend: T tokens, k choices a token, H hidden, E experts of a layer.
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,13 +26,28 @@ def address_table(addresses: Mapping[int, int], num_experts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ExpertMath:
-    """How this model computes an expert from its bytes."""
+    """How this model computes an expert from its bytes.
+
+    `biases`: of each MoE layer fp32 [E, 2 I + H], where experts have some, on the device that
+    computes. Where the layout is that of the first rows of experts, they are still whole.
+    """
 
     layout: ExpertLayout
     weight_on_input: bool
+    activation: str = "silu"
+    biases: tuple[Tensor, ...] = ()
+
+    def of_first_rows(self, layout: ExpertLayout) -> "ExpertMath":
+        """The same for bytes that hold the first rows of each expert alone."""
+        return replace(self, layout=layout)
+
+    def on_host(self) -> "ExpertMath":
+        """The same where the processor computes."""
+        return replace(self, biases=tuple(biases.cpu() for biases in self.biases))
 
     def add(
         self,
+        index: int,
         out: Tensor,  # fp32 [T, H]
         hidden: Tensor,  # [T, H]
         topk_ids: Tensor,  # [T, k]
@@ -40,7 +55,10 @@ class ExpertMath:
         addresses: Tensor,  # int64 [E]
         span: Span | None = None,
     ) -> None:
-        """out += what the experts with an address contribute, or `span` of their inner rows."""
+        """out += what the experts with an address contribute, or `span` of their inner rows.
+
+        `index`: of the MoE layer, among those.
+        """
         ops.add_routed_experts(
             out,
             hidden,
@@ -48,6 +66,8 @@ class ExpertMath:
             topk_weights,
             addresses,
             self.layout,
+            activation=self.activation,
             weight_on_input=self.weight_on_input,
             span=span,
+            biases=self.biases[index] if self.biases else None,
         )

@@ -144,6 +144,14 @@ def device_workspace_nbytes(spec: Counted, ctx: int, prefill_chunk: int) -> int:
     return workspace_nbytes(spec, ctx, prefill_chunk) + COMPUTE_ITEMSIZE * inner
 
 
+def _expert_bias_nbytes(spec: Counted) -> int:
+    """Bytes of all experts' biases where those are tensors of their own, in fp32."""
+    if not isinstance(spec, ModelSpec) or not spec.expert_bias:
+        return 0
+    found = [tensor.numel for tensor in spec.dense_tensors if ".experts." in tensor.name]
+    return COMPUTE_ITEMSIZE * sum(found)
+
+
 def active_weights(spec: Counted) -> int:
     """Weights that a token of a prompt is multiplied with: the last one alone meets the head."""
     linears = sum(t.numel for t in spec.dense_tensors if t.linear and "lm_head" not in t.name)
@@ -184,5 +192,6 @@ def model_footprint(
         group_size=scheme.group_size,
         device_workspace_nbytes=device_workspace_nbytes(spec, ctx, prefill_chunk),
         prefill_tokens=min(prefill_chunk, ctx),
+        host_bias_nbytes=_expert_bias_nbytes(spec),
         active_weights=active_weights(spec),
     )

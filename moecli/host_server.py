@@ -56,7 +56,7 @@ class HostServer:
             for span, here in self._by_span(layer, lease.addresses, readable).items():
                 partial = torch.zeros_like(hidden) if partial is None else partial  # [T, H]
                 table = address_table(here, self._num_experts)
-                self._math.add(partial, hidden, topk_ids, topk_weights, table, span)
+                self._math.add(*(layer_index, partial, hidden, topk_ids, topk_weights, table, span))
         finally:
             if readable:
                 self._held = lease

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moecli.models.config import ModelSpec
+from moecli.models.config import AttentionKind, ModelSpec
 from moecli.models.int8_heads import SCALE_DTYPE, Int8Heads, quantize_heads
 
 KeptHeads = Tensor | Int8Heads  # keys or values as the cache stores them, [K, L, D]
@@ -39,9 +39,10 @@ class KvCache:
         self.ctx = ctx
         self.dtype = dtype
         self.chunk_size = spec.chunk_size
-        self._chunked = tuple(layer.attention == "chunked" for layer in spec.layers)
         self.window = spec.window
-        self._sliding = tuple(layer.attention == "sliding" for layer in spec.layers)
+        self._kinds = tuple(layer.attention for layer in spec.layers)
+        self._chunked = tuple(kind == "chunked" for kind in self._kinds)
+        self._sliding = tuple(kind == "sliding" for kind in self._kinds)
         self.device = torch.device(device)
         assert dtype != torch.int8 or spec.latent is None, "latents in int8"
         self._storage = []  # per layer [2, kv heads, capacity, D]; [1, 1, capacity, R] of latents
@@ -81,10 +82,14 @@ class KvCache:
         Not of a cache in int8, where they are nothing without their scales.
 
         A decode step on a device writes there between `begin` and `commit`, at slot `position`, or
-        `position % chunk` of a chunked layer, and looks at the slots from 0 to that one.
+        in a ring at its remainder by chunk or window. It looks at the slots from 0 to that one, in
+        a window that is full at all.
         """
         assert not self._scales, "numbers without their scales"
         return self._storage[layer]
+
+    def kind(self, layer: int) -> AttentionKind:
+        return self._kinds[layer]
 
     def is_ring(self, layer: int) -> bool:
         """Whether `layer` keeps one chunk, or one window, of tokens; else every position."""
@@ -160,14 +165,15 @@ class KvCache:
         for first in range(0, count, capacity):
             last = min(count, first + capacity)
             position, end = start + first, start + last
-            slots = torch.arange(position, end) % capacity
+            slots = torch.arange(position, end, device=self.device) % capacity
             if last - first == 1:
                 self._store(layer, 0, slots, keys[first:last])
                 self._store(layer, 1, slots, values[first:last])
                 held = min(end, capacity)
                 yield first, last, self._kept(layer, 0, held), self._kept(layer, 1, held)
                 continue
-            before = torch.arange(max(0, position - capacity + 1), position) % capacity
+            oldest = max(0, position - capacity + 1)
+            before = torch.arange(oldest, position, device=self.device) % capacity
             old = [self._picked(layer, part, before) for part in range(2)]
             self._store(layer, 0, slots, keys[first:last])
             self._store(layer, 1, slots, values[first:last])

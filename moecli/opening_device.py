@@ -18,8 +18,7 @@ from moecli.favourites import Favourites
 from moecli.graphs import captured, eager
 from moecli.measuring import with_compute
 from moecli.models.config import ModelSpec
-from moecli.models.facts import LibraryFacts, ModelFacts
-from moecli.models.on_device import refusal
+from moecli.models.facts import LibraryFacts
 from moecli.processor import KV_DTYPE
 from moecli.selfcheck import FastPaths, fast_paths
 from offload.disk import DiskTier
@@ -35,17 +34,14 @@ StoredWeights = Callable[[str], QuantizedWeight | torch.Tensor]
 GIB = 2**30
 
 
-def compute_device(config: EngineConfig, spec: ModelFacts) -> torch.device | None:
+def compute_device(config: EngineConfig) -> torch.device | None:
     """The device that is to compute; None: the processor.
 
-    Raises MoecliError where a device is asked for and there is none, or it cannot run this model.
+    Raises MoecliError where a device is asked for and there is none.
     """
     simulated = config.device == SIMULATED
     if not simulated and not takes_card(config):
         return None
-    refused = refusal(spec) if isinstance(spec, ModelSpec) else None
-    if refused is not None:
-        raise refused
     return torch.device("cpu" if simulated else "cuda")
 
 

@@ -91,9 +91,10 @@ def _memory_rows(report: PlanReport, columns: Sequence[str]) -> list[list[Cell]]
     plan, ctx = report.plan, report.asked.ctx
     fixed = "VRAM" if plan.on_device else "RAM"
     embedding = "VRAM" if plan.embedding_on_device else "RAM"
+    dense = {"RAM": plan.host_bias_nbytes, fixed: plan.dense_nbytes}
     experts = {"VRAM": plan.device_pool_nbytes, "RAM": plan.host_arena_nbytes}
     lines: list[tuple[str, dict[str, int], str]] = [
-        ("dense weights", {fixed: plan.dense_nbytes}, "every token reads all"),
+        ("dense weights", dense, "every token reads all"),
         ("embedding", {embedding: plan.embedding_nbytes}, "one row a token"),
         (f"KV cache, {ctx} tokens", {fixed: plan.kv_nbytes}, _cache(report)),
         ("workspace", {fixed: plan.workspace_nbytes}, _workspace(report)),

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint
-from moecli.models import on_device
 from moecli.models.config import ModelSpec
 from moecli.models.outline import Counted
 from moecli.schemes import Schemes
@@ -66,7 +65,7 @@ def refusal(spec: Counted, config: EngineConfig, plan: MemoryPlan) -> MoecliErro
             "the KV cache of this model keeps latents, which moecli does not round to int8",
             "leave out `--kv-dtype`: latents are small already",
         )
-    return on_device.refusal(spec) if plan.on_device else None
+    return None
 
 
 def _proposed(

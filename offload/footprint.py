@@ -26,6 +26,7 @@ class ModelFootprint:
     group_size: int = 0  # rows come in groups of so many
     device_workspace_nbytes: int | None = None  # where a device computes; None: the same
     prefill_tokens: int = 0  # of a prompt that pass a layer at once; 0: unknown
+    host_bias_nbytes: int = 0  # of experts, that the processor's lane wants beside the device's
     active_weights: int = 0  # that a token of a prompt is multiplied with; 0: unknown
 
     def __post_init__(self) -> None:

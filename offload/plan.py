@@ -61,6 +61,7 @@ class MemoryPlan:
     kv_nbytes: int
     workspace_nbytes: int
     context_nbytes: int  # of VRAM: CUDA itself and its libraries
+    host_bias_nbytes: int  # of RAM: biases of experts that the processor may compute
     bounce_nbytes: int  # of RAM: what is on its way from pageable memory to the device
     total_experts: int
     expert_nbytes: int
@@ -191,6 +192,7 @@ def make_plan(
     spare = room - footprint.total_experts * footprint.slot_nbytes
     embedding_on_device = 0 < footprint.embedding_nbytes <= spare
     ram_fixed = footprint.slot_nbytes  # on its way to the device
+    ram_fixed += footprint.host_bias_nbytes
     if not embedding_on_device:
         ram_fixed += footprint.embedding_nbytes
     ram_slots = _ram_slots(footprint, ram_nbytes, ram_fixed)
@@ -219,6 +221,7 @@ def make_plan(
         embedding_on_device=embedding_on_device,
         workspace_nbytes=footprint.device_workspace,
         context_nbytes=_context(machine),
+        host_bias_nbytes=footprint.host_bias_nbytes,
         bounce_nbytes=footprint.slot_nbytes,
         link_tok_s=speed(footprint, machine, where, (LINK,)).tok_s,
         host_tok_s=speed(footprint, machine, where, (HOST,)).tok_s,
@@ -333,6 +336,7 @@ def _plan(
         kv_nbytes=footprint.kv_nbytes,
         workspace_nbytes=footprint.workspace_nbytes,
         context_nbytes=0,
+        host_bias_nbytes=0,
         bounce_nbytes=0,
         total_experts=total,
         expert_nbytes=footprint.expert_nbytes,

@@ -170,7 +170,8 @@ def routed_experts(
 
     The memory behind `addresses` must hold `layout.nbytes` bytes, laid out as the whole expert
     whatever the span is, and stay as it is meanwhile. Of rows outside the span nothing is used.
-    The bias of down contributes with the span that begins at 0.
+    The bias of down contributes with the span that begins at 0. Where the layout is that of the
+    first rows of experts (`ExpertLayout.restricted`), biases may be those of the whole ones.
     """
     result: Tensor = torch.ops.moecli.routed_experts(
         *(hidden, topk_ids, topk_weights, addresses, biases),
@@ -370,8 +371,10 @@ def _add_contributions_shape(out: Tensor, contributions: Tensor, topk_ids: Tenso
 def _check_biases(biases: Tensor | None, addresses: Tensor, layout: ExpertLayout) -> None:
     if biases is None:
         return
-    shape = (addresses.numel(), 2 * layout.intermediate_size + layout.hidden_size)
-    assert biases.shape == shape, f"biases {tuple(biases.shape)}, not {shape}"
+    least = 2 * layout.intermediate_size + layout.hidden_size
+    rows, columns = biases.shape
+    fitting = rows == addresses.numel() and columns >= least and (columns - least) % 2 == 0
+    assert fitting, f"biases {rows, columns}, not {addresses.numel(), least}"
     assert biases.dtype == torch.float32, f"biases of {biases.dtype}"
     assert biases.is_contiguous(), "biases with gaps"
 

@@ -29,13 +29,13 @@ models against transformers itself:
   the same weights, dequantized.
 - Parameters of the released models below at their full size, exactly.
 
-| family | released: parameters, active | few tokens | graphics card | transformers reads it |
-|---|---|---|---|---|
+| family | released: parameters, active | few tokens | transformers reads it |
+|---|---|---|---|
 """
 TAIL = """
 Steps of few tokens (decode) are compiled calls on the processor, or plain PyTorch around compiled
-products. Where the graphics card is "refused", a run there ends with the reason, and `--device cpu`
-computes it. The column is tested on a simulated device in place of a card: docs/gpu.md.
+products. A graphics card takes all of these families. That is tested on a simulated device and in
+Triton's interpreter, and has not been seen on a card yet: docs/gpu.md.
 """
 
 LIBRARY_HEAD = """
@@ -43,10 +43,11 @@ LIBRARY_HEAD = """
 
 Any other model whose experts transformers knows by its common interface runs through the library's
 own modules, with moecli's experts in them: on the processor, its KV cache in fp32, dense weights as
-they are stored. Experts are read in the source's layout, whatever it is, and are never in memory
-unquantized. What a sequence keeps is planned by running the library's code on shapes alone. Layers
-with a state (`*`) take a prompt whole and what follows token by token; a conversation that was
-edited is computed anew.
+they are stored. A graphics card is refused where it is asked for, and else left alone, aloud.
+Experts are read in the source's layout, whatever it is, and are never in memory unquantized. What a
+sequence keeps is planned by running the library's code on shapes alone. Layers with a state (`*`)
+take a prompt whole and what follows token by token; a conversation that was edited is computed
+anew.
 
 Of these, on tiny random models (tests/models/library_families.py): quantized and opened, logits
 equal to the library's to 1e-5 in fp32 (to 5e-5 with states, whose two forms in the library differ
@@ -82,9 +83,8 @@ def _row(name: str, family: Family) -> str:
         )
     )
     few = "compiled" if family.compiled else "plain"
-    card = "yes" if family.on_a_card else "refused"
     reads = "yes" if family.library_reads else "no: docs/file-format.md"
-    return f"| `{name}` | {released} | {few} | {card} | {reads} |\n"
+    return f"| `{name}` | {released} | {few} | {reads} |\n"
 
 
 def _variants(family: Family) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moecli.checks.compare import EXACT, HALF, agree, kernels_chosen, random
 from moecli.selfcheck import Case
 from quant import ops
+from quant.kernels.experts import ACTIVATIONS, expert_bias
 from quant.layout import ExpertLayout, ExpertWeights
 from quant.quantize import dequantize, quantize
 from quant.scheme import BITS, GROUP_SIZES, QuantScheme
@@ -50,6 +50,8 @@ def plain_experts(
     absent: int | None,
     on_input: bool,
     span: tuple[int, int],
+    biases: Tensor | None = None,  # [E, 2 I + H]
+    activation: str = "silu",
 ) -> Tensor:
     """What routed experts add up to, fp64 [T, H], from dequantized weights."""
     rows, x = slice(*span), hidden.double()
@@ -61,14 +63,25 @@ def plain_experts(
         parts = layout.views(blobs[expert])
         gate, up, down = (dequantize(w).double() for w in (parts.gate, parts.up, parts.down))
         row = x[token] * weight if on_input else x[token]
-        inner = F.silu(gate[rows] @ row) * (up[rows] @ row)
-        result = down[:, rows] @ inner
+        gates, ups = gate[rows] @ row, up[rows] @ row
+        bias = expert_bias(biases, expert, layout.hidden_size, span)
+        if bias is not None:
+            gates, ups = gates + bias[0], ups + bias[1]
+        result = down[:, rows] @ ACTIVATIONS[activation](gates, ups)
+        if bias is not None and bias[2] is not None:
+            result = result + bias[2]
         out[token] += result if on_input else result * weight
     return out
 
 
 def experts_case(
-    bits: int, group_size: int, num_tokens: int, dtype: torch.dtype, tolerance: float
+    bits: int,
+    group_size: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    activation: str = "silu",
+    biased: bool = False,
 ) -> Callable[[torch.device], None]:
     """Whole experts and a span of their rows; weights on output and on input; one not there."""
 
@@ -83,6 +96,7 @@ def experts_case(
         ids = random(num_tokens, _EXPERTS, seed=2).topk(2).indices
         weights = random(num_tokens, 2, seed=3).sigmoid().to(dtype)
         begin = random(num_tokens, _HIDDEN, seed=4)
+        biases = random(_EXPERTS, 4 * half + _HIDDEN, seed=8) if biased else None
         for on_input, span in ((False, (0, 2 * half)), (True, (half, 2 * half))):
             out = begin.clone().to(device)
             with kernels_chosen(device):
@@ -91,8 +105,13 @@ def experts_case(
                     *(table.to(device), layout),
                     weight_on_input=on_input,
                     span=span,
+                    activation=activation,
+                    biases=None if biases is None else biases.to(device),
                 )
-            expected = plain_experts(hidden, ids, weights, blobs, layout, _ABSENT, on_input, span)
+            expected = plain_experts(
+                *(hidden, ids, weights, blobs, layout, _ABSENT, on_input, span),
+                *(biases, activation),
+            )
             agree(f"rows {span}", out.cpu() - begin, expected, tolerance)
 
     return run
@@ -126,3 +145,9 @@ def quantized_cases() -> Iterator[Case]:
         yield Case("kernels", f"experts of a few tokens, {name}", few)
         yield Case("kernels", f"experts of many tokens, {name}", many)
         yield Case("kernels", f"dense weights, {name}", linear_case(bits, group))
+    for what, arguments in (
+        ("a few", (2, torch.float32, EXACT)),
+        ("many", (10, torch.bfloat16, HALF)),
+    ):
+        run = experts_case(4, 32, *arguments, activation="clamped_swiglu", biased=True)
+        yield Case("kernels", f"experts of {what} tokens, with biases and limits", run)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moecli.kv_cache import KeptHeads
 from moecli.models.batch import Batch, SequenceSlice
 from moecli.models.config import ModelSpec
-from moecli.models.fused import position_heads
+from moecli.models.fused import position_heads, takes_kernels, windowed_attention
 from moecli.models.int8_heads import attend_one
 from moecli.models.rope import inverse_frequencies, magnitude
 from quant.bnb import BnbWeight
@@ -222,6 +222,9 @@ def attend(
     """
     count, heads, size = queries.shape
     kv_heads, length, _ = keys.shape
+    limit = None if count == 1 else window
+    if (limit is not None or sinks is not None) and takes_kernels(queries):
+        return windowed_attention(queries, keys, values, limit, sinks)
     grouped = queries.view(count, kv_heads, heads // kv_heads, size)
     if count == 1:  # the group stands where tokens would: its keys are read once
         rows = grouped
@@ -248,11 +251,10 @@ def _product(
     """Attention [..., T, D]; `sinks` [..., T] as it broadcasts are scores of their own.
 
     What a sink takes of the weight follows from the logarithm of the other scores' sum, so no key
-    has to stand for it among those of the cache.
+    has to stand for it among those of the cache. On the processor alone: see takes_kernels.
     """
     if sinks is None:
         return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
-    assert rows.is_cpu, "sinks are computed on the processor only"
     out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, keys, values, attn_mask=mask
     )

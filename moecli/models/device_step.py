@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from moecli.models.latent import LatentHeads
 
 SPLIT_SLOTS = 256  # least slots a split of attention is worth having for
+LATENT_HEADS = 16  # that share what they read of latents
 _SPLITS_A_UNIT = 2  # programs of attention for each multiprocessor of the device
 _UNITS = 8  # multiprocessors of a device that has none of its own
 
 
 def num_splits(capacity: int, kv_heads: int, device: torch.device) -> int:
-    """How many parts the slots of a layer are divided into, whatever the length is then."""
+    """How many parts the slots of a layer are divided into, whatever the length is then.
+
+    `kv_heads`: key heads, or as many sets of heads as read the slots each for themselves.
+    """
     units = _UNITS
     if device.type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count
@@ -45,17 +49,20 @@ class DeviceStep:
         self._cache = cache
         self._turns = positions.turns(position)
         self._temperature = positions.temperatures(position)
-        self._length = position + 1  # slots that this token sees in a full layer, [1]
-        self._ring_length = self._length  # and in a ring, which starts anew at each chunk's border
-        if cache.chunk_size is not None:
-            self._ring_length = position % cache.chunk_size + 1
+        # By kind of layer: which slot is this token's, and how many it sees from the first on, [1].
+        everything = position, position + 1
+        self._places = {"full": everything, "latent": everything}
+        if cache.chunk_size is not None:  # a ring that starts anew at each chunk's border
+            slot = position % cache.chunk_size
+            self._places["chunked"] = slot, slot + 1
+        if cache.window is not None:  # a ring whose slots are seen in whatever order they lie
+            window = cache.window
+            self._places["sliding"] = position % window, (position + 1).clamp(max=window)
 
     def attend(self, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, N, D], k and v [1, K, D] -> [1, N * D]."""
-        assert heads.window is None, "a window in a step on a device"
-        assert heads.sinks is None, "attention sinks in a step on a device"
         keys_values = self._cache.storage(heads.layer)  # [2, K, C, D]
-        length = self._ring_length if self._cache.is_ring(heads.layer) else self._length
+        slot, length = self._places[self._cache.kind(heads.layer)]
         queries = rotate_and_store(
             q,
             k,
@@ -66,13 +73,18 @@ class DeviceStep:
             heads.rope,
             heads.norm,
             heads.eps,
-            length,
+            slot,
             keys_values,
         )
         _, kv_heads, capacity, _ = keys_values.shape
         splits = num_splits(capacity, kv_heads, q.device)
-        return decode_attention(queries, keys_values, length, splits, q.dtype)
+        return decode_attention(queries, keys_values, length, splits, q.dtype, heads.sinks)
 
     def attend_latents(self, heads: "LatentHeads", queries: Tensor, latents: Tensor) -> Tensor:
-        """There is no kernel for it: see unknown_on_a_device."""
-        raise AssertionError("attention over latents in a step on a device")
+        """queries [1, N, K + P] and latents [1, R + P] -> [1, N * V]; see LatentHeads."""
+        queries, latents = heads.position(queries, latents, self._turns)
+        kept = self._cache.storage(heads.layer)[0, 0]  # [C, R + P]
+        slot, length = self._places[self._cache.kind(heads.layer)]
+        kept.index_copy_(0, slot, latents.to(kept.dtype))
+        splits = num_splits(kept.shape[0], -(-queries.shape[1] // LATENT_HEADS), kept.device)
+        return heads.decode(queries, kept, length, splits)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moecli.errors import MoecliError
 
+_SCORES_NBYTES = 64 << 20  # of plain attention, at once
 BACKENDS = ("auto", "reference", "triton")
 _backend = "auto"
 
@@ -32,6 +33,11 @@ def set_backend(name: str) -> None:
 
 def current_backend() -> str:
     return _backend
+
+
+def takes_kernels(x: Tensor) -> bool:
+    """Whether what torch alone can do on the processor is an operation here where `x` lies."""
+    return not x.is_cpu or _backend == "triton"
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -58,8 +64,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def choose_experts(logits: Tensor, top_k: int, kind: str, normalize: bool) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> ids int64 [T, k], the most wanted first, and weights [T, k] in their dtype.
 
-    `kind` makes numbers weights: "sigmoid" of each, "softmax" of all, or "softmax_of_chosen", which
-    kernels do not know. `normalize`: those of a token add up to 1.
+    `kind` makes numbers weights: "sigmoid" of each, "softmax" of all, or "softmax_of_chosen".
+    `normalize`: those of a token add up to 1.
     """
     result: tuple[Tensor, Tensor] = torch.ops.moecli.choose_experts(logits, top_k, kind, normalize)
     return result
@@ -69,13 +75,13 @@ def rotate_and_store(
     q: Tensor,  # [1, N, D]
     k: Tensor,  # [1, K, D]
     v: Tensor,  # [1, K, D]
-    turns: Tensor,  # complex64 [1, D / 2]
+    turns: Tensor,  # complex64 [1, R / 2]
     temperature: Tensor | None,  # fp32 [1, 1, 1]
     norm_weight: Tensor | None,  # [N + K, D]
     rope: str,
     norm: str,
     eps: float,
-    length: Tensor,  # int64 [1]: slots seen by this token, its own, length - 1, included
+    slot: Tensor,  # int64 [1]: this token's
     keys_values: Tensor,  # [2, K, C, D]
 ) -> Tensor:
     """`position_heads` of one token, whose key and value are then stored in their slot.
@@ -83,21 +89,57 @@ def rotate_and_store(
     Gives the queries [1, N, D] in the dtype of the cache.
     """
     rules = (turns, temperature, norm_weight, rope, norm, eps)
-    if rope != "none" and 2 * turns.shape[-1] < q.shape[-1]:  # which the kernel does not know
-        return _rotate_and_store(q, k, v, *rules, length, keys_values)
-    result: Tensor = torch.ops.moecli.rotate_and_store(q, k, v, *rules, length, keys_values)
+    result: Tensor = torch.ops.moecli.rotate_and_store(q, k, v, *rules, slot, keys_values)
     return result
 
 
 def decode_attention(
-    q: Tensor, keys_values: Tensor, length: Tensor, splits: int, dtype: torch.dtype
+    q: Tensor,
+    keys_values: Tensor,
+    length: Tensor,
+    splits: int,
+    dtype: torch.dtype,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token over the slots 0 to length - 1, scaled by D^-0.5.
 
-    Shapes: q [1, N, D], keys_values [2, K, C, D], length int64 [1]; returns [1, N * D] in `dtype`.
-    The kernel divides the length into `splits` parts that are computed side by side.
+    Shapes: q [1, N, D], keys_values [2, K, C, D], length int64 [1], sinks fp32 [N]; returns
+    [1, N * D] in `dtype`. A sink is a score that takes weight and gives no value. The kernel
+    divides the length into `splits` parts that are computed side by side.
     """
-    result: Tensor = torch.ops.moecli.decode_attention(q, keys_values, length, splits, dtype)
+    op = torch.ops.moecli.decode_attention
+    result: Tensor = op(q, keys_values, length, splits, dtype, sinks)
+    return result
+
+
+def decode_latents(
+    q: Tensor,
+    latents: Tensor,
+    length: Tensor,
+    splits: int,
+    rank: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Attention of one token over latents in the slots 0 to length - 1, scaled by `scale`.
+
+    Shapes: q [1, N, R + P] and latents [C, R + P] in one dtype, length int64 [1]; returns [1, N, R]
+    in `dtype`: the last P numbers of what is kept are no part of a value.
+    """
+    op = torch.ops.moecli.decode_latents
+    result: Tensor = op(q, latents, length, splits, rank, scale, dtype)
+    return result
+
+
+def windowed_attention(
+    q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    """Causal attention of the last T of L tokens that see as many as `window`; None: all.
+
+    Shapes: q [T, N, D], keys and values [K, L, D], sinks fp32 [N]; returns [T, N * D], all in one
+    dtype, scaled by D^-0.5.
+    """
+    result: Tensor = torch.ops.moecli.windowed_attention(q, keys, values, window, sinks)
     return result
 
 
@@ -207,12 +249,12 @@ def _rotate_and_store(
     rope: str,
     norm: str,
     eps: float,
-    length: Tensor,
+    slot: Tensor,
     keys_values: Tensor,
 ) -> Tensor:
     q, k = position_heads(q, k, turns, temperature, norm_weight, rope, norm, eps)
     new = torch.stack((k[0], v[0]))[:, :, None]  # [2, K, 1, D]
-    keys_values.index_copy_(2, length - 1, new.to(keys_values.dtype))
+    keys_values.index_copy_(2, slot, new.to(keys_values.dtype))
     return q.to(keys_values.dtype, copy=True)
 
 
@@ -221,21 +263,104 @@ def _rotate_and_store_shape(q: Tensor, *args: Any) -> Tensor:
 
 
 def _decode_attention(
-    q: Tensor, keys_values: Tensor, length: Tensor, splits: int, dtype: torch.dtype
+    q: Tensor,
+    keys_values: Tensor,
+    length: Tensor,
+    splits: int,
+    dtype: torch.dtype,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Looks at all slots, those beyond the length masked: what they hold may be no number."""
     _, kv_heads, capacity, size = keys_values.shape
     seen = torch.arange(capacity, device=q.device) < length  # [C]
     keys, values = keys_values.masked_fill(~seen[:, None], 0)  # [K, C, D]
-    grouped = q.view(1, kv_heads, -1, size)
-    out = F.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=seen[None])
+    grouped = q.view(kv_heads, -1, size)
+    if sinks is not None:
+        out = with_sinks(grouped, keys, values, seen[None], sinks.view(kv_heads, -1, 1))
+    else:
+        out = F.scaled_dot_product_attention(
+            grouped[None], keys[None], values[None], attn_mask=seen[None]
+        )
     return out.reshape(1, -1).to(dtype, copy=True)
 
 
+def with_sinks(
+    rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor, sinks: Tensor | None
+) -> Tensor:
+    """Attention said plainly, in fp32: each row's scores, and its sink's, through one softmax.
+
+    Shapes: rows [..., M, D], keys and values [..., L, D], seen bool [M, L] and sinks [..., M, 1] as
+    they broadcast; returns [..., M, D] in the rows' dtype.
+    """
+    scores = rows.float() @ keys.float().mT * rows.shape[-1] ** -0.5  # [..., M, L]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[-2]]
+    return (weights @ values.float()).to(rows.dtype)
+
+
 def _decode_attention_shape(
-    q: Tensor, keys_values: Tensor, length: Tensor, splits: int, dtype: torch.dtype
+    q: Tensor,
+    keys_values: Tensor,
+    length: Tensor,
+    splits: int,
+    dtype: torch.dtype,
+    sinks: Tensor | None,
 ) -> Tensor:
     return q.new_empty(1, q.shape[1] * q.shape[2], dtype=dtype)
+
+
+def _decode_latents(
+    q: Tensor,
+    latents: Tensor,
+    length: Tensor,
+    splits: int,
+    rank: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `_decode_attention`, with one key and value for all heads."""
+    seen = torch.arange(latents.shape[0], device=q.device) < length  # [C]
+    kept = latents.masked_fill(~seen[:, None], 0).float()  # [C, R + P]
+    scores = (q[0].float() @ kept.mT * scale).masked_fill(~seen, -torch.inf)  # [N, C]
+    return (scores.softmax(-1) @ kept[:, :rank])[None].to(dtype)
+
+
+def _decode_latents_shape(
+    q: Tensor,
+    latents: Tensor,
+    length: Tensor,
+    splits: int,
+    rank: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return q.new_empty(1, q.shape[1], rank, dtype=dtype)
+
+
+def _windowed_attention(
+    q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    """Some tokens at once, so that their scores take no more than _SCORES_NBYTES."""
+    (count, heads, size), (kv_heads, length, _) = q.shape, keys.shape
+    rows = q.view(count, kv_heads, -1, size).permute(1, 2, 0, 3)  # [K, N / K, T, D]
+    of_rows = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
+    at_once = max(1, _SCORES_NBYTES // (4 * heads * length))
+    pieces, slots = [], torch.arange(length, device=q.device)
+    for first in range(0, count, at_once):
+        part = rows[:, :, first : first + at_once]
+        begin = length - count + first
+        places = torch.arange(begin, begin + part.shape[2], device=q.device)[:, None]
+        seen = slots <= places if window is None else (slots <= places) & (slots > places - window)
+        pieces.append(with_sinks(part, keys[:, None], values[:, None], seen, of_rows))
+    return torch.cat(pieces, dim=2).permute(2, 0, 1, 3).reshape(count, -1)
+
+
+def _windowed_attention_shape(
+    q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
 def _gather_rows(address: Tensor, ids: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
@@ -254,14 +379,16 @@ def _gather_rows_shape(
 
 
 def _kernel(name: str, default: str) -> Callable[..., Any]:
-    from moecli.models.kernels import heads, rows
+    from moecli.models.kernels import heads, latents, prompt, rows
 
     if default == "reference" and not rows.INTERPRETED:
         raise MoecliError(
             "Triton's kernels need a CUDA device",
             "leave out `--kernels triton`, or set TRITON_INTERPRET=1 to test them slowly",
         )
-    kernel: Callable[..., Any] = getattr(rows, name, None) or getattr(heads, name)
+    kernel: Callable[..., Any] = next(
+        getattr(module, name) for module in (rows, heads, latents, prompt) if hasattr(module, name)
+    )
     return kernel
 
 
@@ -290,10 +417,14 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "silu_mul(Tensor gate, Tensor up) -> Tensor": (_silu_mul, _silu_mul_shape),
     "rotate_and_store(Tensor q, Tensor k, Tensor v, Tensor turns, Tensor? temperature, "
-    "Tensor? norm_weight, str rope, str norm, float eps, Tensor length, Tensor(a!) keys_values) "
+    "Tensor? norm_weight, str rope, str norm, float eps, Tensor slot, Tensor(a!) keys_values) "
     "-> Tensor": (_rotate_and_store, _rotate_and_store_shape),
-    "decode_attention(Tensor q, Tensor keys_values, Tensor length, int splits, ScalarType dtype) "
-    "-> Tensor": (_decode_attention, _decode_attention_shape),
+    "decode_attention(Tensor q, Tensor keys_values, Tensor length, int splits, ScalarType dtype, "
+    "Tensor? sinks) -> Tensor": (_decode_attention, _decode_attention_shape),
+    "decode_latents(Tensor q, Tensor latents, Tensor length, int splits, int rank, float scale, "
+    "ScalarType dtype) -> Tensor": (_decode_latents, _decode_latents_shape),
+    "windowed_attention(Tensor q, Tensor keys, Tensor values, int? window, Tensor? sinks) "
+    "-> Tensor": (_windowed_attention, _windowed_attention_shape),
     "gather_rows(Tensor address, Tensor ids, int hidden_size, ScalarType dtype) -> Tensor": (
         _gather_rows,
         _gather_rows_shape,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moecli.models.attention import Step, Weight, Weights, attend, dense
 from moecli.models.config import LatentSpec, ModelSpec
-from moecli.models.fused import rms_norm, rotate
+from moecli.models.fused import decode_latents, rms_norm, rotate
 from moecli.models.latent_sizes import heads_at_once, most_absorbed
 from quant.bnb import BnbWeight
 from quant.ops import linear
@@ -59,8 +59,10 @@ class LatentHeads:
         """Causal attention of the last T of L tokens, in the cheaper form.
 
         Shapes: queries [T, N, K + P], kept [L, R + P] as the cache stores it; returns [T, N * V].
+        On a device several tokens are always expanded: torch's kernels there want shorter vectors.
         """
-        if queries.shape[0] <= most_absorbed(self.latent, kept.shape[0]):
+        most = most_absorbed(self.latent, kept.shape[0])
+        if queries.shape[0] <= (most if queries.is_cpu else 1):
             return self.absorbed(queries, kept)
         return self.expanded(queries, kept)
 
@@ -70,11 +72,27 @@ class LatentHeads:
         What is kept is both key and value. Its last P numbers are no part of a value, but values
         without them would have to be copied.
         """
+        scaled = self._absorb(queries) * self._unscaled(self.latent.kept_size)
+        seen = attend(scaled.to(kept.dtype), kept[None], kept[None]).view_as(scaled)
+        return self._values(seen[..., : self.latent.rank].to(queries.dtype))
+
+    def decode(self, queries: Tensor, kept: Tensor, length: Tensor, splits: int) -> Tensor:
+        """`absorbed` for one token that sees as many slots of `kept` [C, R + P] as `length` says.
+
+        An operation of the device, in `splits` parts; length is int64 [1]. Returns [1, N * V].
+        """
+        absorbed = self._absorb(queries).to(kept.dtype)
+        rules = (self.latent.rank, self.latent.scale, queries.dtype)
+        return self._values(decode_latents(absorbed, kept, length, splits, *rules))
+
+    def _absorb(self, queries: Tensor) -> Tensor:
+        """queries [T, N, K + P] in the latents' space, [T, N, R + P]"""
         plain, turned = queries.split((self.latent.nope_size, self.latent.rope_size), dim=-1)
         plain = torch.bmm(plain.transpose(0, 1), self.key_half).transpose(0, 1)  # [T, N, R]
-        scaled = torch.cat((plain, turned), dim=-1) * self._unscaled(self.latent.kept_size)
-        seen = attend(scaled.to(kept.dtype), kept[None], kept[None]).view_as(scaled)
-        seen = seen[..., : self.latent.rank].to(queries.dtype)  # [T, N, R]
+        return torch.cat((plain, turned), dim=-1)
+
+    def _values(self, seen: Tensor) -> Tensor:
+        """What the heads have seen of latents [T, N, R] -> [T, N * V]"""
         values = torch.bmm(seen.transpose(0, 1), self.value_half.mT)  # [N, T, V]
         return values.transpose(0, 1).flatten(1)
 

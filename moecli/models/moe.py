@@ -156,8 +156,7 @@ class FloatExperts:
         """x [n, H] -> [n, H]"""
         gate, up, down = self.load(layer, expert)
         gates, ups = linear(x, gate), linear(x, up)  # [n, I]
-        inner = gates.shape[1]
-        bias = expert_bias(self.biases.get(layer), expert, inner, (0, inner))
+        bias = expert_bias(self.biases.get(layer), expert, x.shape[1], (0, gates.shape[1]))
         if bias is None:
             return linear(self.activation(gates, ups), down)
         out = linear(self.activation(gates + bias[0], ups + bias[1]), down)

@@ -32,17 +32,35 @@ ACTIVATIONS = {"silu": _silu, "clamped_swiglu": _clamped_swiglu}  # of gate and 
 
 
 def expert_bias(
-    biases: Tensor | None, expert: int, inner: int, span: tuple[int, int]
+    biases: Tensor | None, expert: int, hidden_size: int, span: tuple[int, int]
 ) -> Bias | None:
-    """What is added to the three products of an expert over `span` of its `inner` rows.
+    """What is added to the three products of an expert over `span` of its rows.
 
     That of down belongs to the span that begins with the first row, so that spans add up.
     """
     if biases is None:
         return None
-    gate, up, down = biases[expert].split((inner, inner, biases.shape[1] - 2 * inner))
+    inner = inner_of(biases, hidden_size)
+    gate, up, down = biases[expert].split((inner, inner, hidden_size))
     rows = slice(*span)
     return gate[rows], up[rows], down if span[0] == 0 else None
+
+
+def inner_of(biases: Tensor, hidden_size: int) -> int:
+    """I of biases [E, 2 I + H]: of those that a layout has, or more."""
+    return (biases.shape[1] - hidden_size) // 2
+
+
+def biases_for(biases: Tensor, layout: ExpertLayout) -> Tensor:
+    """Biases [E, 2 I + H] of the rows that the layout has, the first ones; a copy if that is less.
+
+    For kernels that know no others.
+    """
+    inner, rows = inner_of(biases, layout.hidden_size), layout.intermediate_size
+    if inner == rows:
+        return biases
+    gate, up, down = biases.split((inner, inner, layout.hidden_size), dim=1)
+    return torch.cat((gate[:, :rows], up[:, :rows], down), dim=1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class TorchBackend:
             rows, row_weights = x[chosen // num_choices], weights[chosen]  # [n, H], [n, 1]
             blob = memory_at(where[expert], layout.nbytes, x.device)
             expert_weights = layout.views(blob).part(*span)
-            bias = expert_bias(biases, expert, layout.intermediate_size, span)
+            bias = expert_bias(biases, expert, layout.hidden_size, span)
             if weight_on_input:
                 result = self._expert(rows * row_weights, expert_weights, activation, bias)
             else:

@@ -30,6 +30,17 @@ def quantize(source: Path, out: Path, dense_group_size: int) -> Path:
     return out
 
 
+def saved_family(directory: Path, family: str, **changes: object) -> Path:
+    """A tiny model of a family as transformers saves it, with a tokenizer."""
+    from tests.models.families import FAMILIES
+    from tests.models.tiny_models import oracle
+
+    model = oracle(family, **(FAMILIES[family].wide | {"vocab_size": tiny.VOCAB} | changes))
+    model.bfloat16().save_pretrained(directory)
+    tiny.write_tokenizer(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny quantized Llama 4 that no test changes."""

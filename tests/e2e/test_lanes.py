@@ -28,7 +28,7 @@ from offload.pinning import SimulatedPinner
 from offload.plan import CONTEXT_ASSUMED, ModelFootprint
 from quant.checkpoint import QuantizedCheckpoint
 from tests.e2e import tiny
-from tests.e2e.conftest import quantize
+from tests.e2e.conftest import quantize, saved_family
 from tests.graphs import SimulatedGraph
 
 CTX, CHUNK = 160, 24
@@ -60,6 +60,17 @@ def vram_for(path: Path, share: float) -> int:
     slots = max(4 + footprint.experts_per_token, int(share * footprint.total_experts))
     room = slots * footprint.slot_nbytes
     return footprint.on_device_nbytes + CONTEXT_ASSUMED + room
+
+
+def host_fixed(footprint: ModelFootprint) -> int:
+    """Bytes of main memory besides experts."""
+    return footprint.embedding_nbytes + footprint.host_bias_nbytes
+
+
+def keep_all_bits(patch: pytest.MonkeyPatch) -> None:
+    """Rounded to bf16, last bits of keys and values would turn a draw in a hundred around."""
+    for module in ("engine", "opening_device"):
+        patch.setattr(f"moecli.{module}.KV_DTYPE", torch.float32)
 
 
 def little_for(placement: str) -> float:
@@ -120,6 +131,34 @@ def quantized_wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(source, root / "quantized", 32)
 
 
+@pytest.fixture(scope="session")
+def quantized_gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts with biases and a gate of their own, wide enough to be sliced; windows and sinks."""
+    root = tmp_path_factory.mktemp("gpt-oss")
+    changes = {"intermediate_size": 96, "num_hidden_layers": 2}
+    return quantize(saved_family(root / "source", "gpt_oss", **changes), root / "quantized", 32)
+
+
+@pytest.fixture(scope="session")
+def quantized_deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Attention over latents, grouped routing, a first layer without experts."""
+    root = tmp_path_factory.mktemp("deepseek")
+    changes = {"moe_intermediate_size": 96, "num_hidden_layers": 2}
+    return quantize(saved_family(root / "source", "deepseek_v3", **changes), root / "quantized", 32)
+
+
+@pytest.fixture(scope="session", params=["gpt_oss", "deepseek"])
+def family(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"quantized_{request.param}")
+
+
+@pytest.fixture(scope="session")
+def family_expected(family: Path) -> Answer:
+    with pytest.MonkeyPatch.context() as patch:
+        keep_all_bits(patch)
+        return answer(family, SHORT, kernels="torch")
+
+
 @pytest.fixture(scope="session", params=["wide", "qwen3"])
 def model(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"quantized_{request.param}")
@@ -146,6 +185,25 @@ def test_greedy_output_is_the_same_in_every_placement_and_lane(
 ) -> None:
     for share in (little_for(placement), 0.8):
         assert on_device(model, share, placement, lane).tokens == expected.tokens, share
+
+
+@pytest.mark.parametrize(("placement", "lane"), ARMS)
+def test_the_same_with_biases_sinks_and_latents(
+    family: Path,
+    family_expected: Answer,
+    placement: str,
+    lane: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a step captured once; also where RAM holds a third of the experts, the rest on disk."""
+    keep_all_bits(monkeypatch)
+    monkeypatch.setattr("moecli.opening_device.eager", simulated_capture)
+    footprint = footprint_of(family)
+    some = max(footprint.experts_per_token, footprint.total_experts // 3)
+    scarce = host_fixed(footprint) + (some + 1) * footprint.slot_nbytes
+    for ram in (EVERYTHING, scarce):
+        found = on_device(family, 0.7, placement, lane, SHORT, ram_nbytes=ram)
+        assert found.tokens == family_expected.tokens, ram
 
 
 @pytest.mark.parametrize(("placement", "lane"), ARMS)
@@ -328,9 +386,7 @@ def test_the_same_in_whatever_memory_there_is(
 
 
 def test_the_same_draws_as_on_the_processor(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rounded to bf16, the last bits of keys and values would turn a draw in a hundred around.
-    for module in ("engine", "opening_device"):
-        monkeypatch.setattr(f"moecli.{module}.KV_DTYPE", torch.float32)
+    keep_all_bits(monkeypatch)
     for top_p in (1.0, 0.9):
         sampling = SamplingConfig(temperature=0.8, top_p=top_p, seed=3, max_tokens=20)
         there = answer(model, sampling, kernels="torch")

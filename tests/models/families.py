@@ -89,7 +89,6 @@ class Family:
     unfused: bool  # transformers expands the experts of a quantized checkpoint to bf16
     library_reads: bool = True  # transformers loads what `moecli quantize` writes
     compiled: bool = True  # steps of few tokens are compiled calls on the processor
-    on_a_card: bool = True  # a graphics card computes it; else it is refused there, with the reason
     chunked: bool = False  # some layers see one chunk of BORDER tokens
     sliding: bool = False  # some layers see a window of BORDER tokens
     released: dict[str, dict[str, Any]] = field(default_factory=dict)  # config.json, by name
@@ -202,7 +201,6 @@ FAMILIES = {
             _WIDE_LATENT,
             unfused=True,
             compiled=False,
-            on_a_card=False,
             released={"DeepSeek-V3": DEEPSEEK_V3, "Moonlight-16B-A3B": MOONLIGHT},
             notes=("layers that predict later tokens (MTP) are left out",),
         ),
@@ -221,7 +219,6 @@ FAMILIES = {
             _WIDE_LATENT,
             unfused=True,
             compiled=False,
-            on_a_card=False,
             released={"DeepSeek-V2-Lite": DEEPSEEK_V2_LITE},
             notes=("V2-Lite and its like alone: V2 has a router of its own",),
         ),
@@ -319,7 +316,6 @@ FAMILIES = {
             unfused=False,
             library_reads=False,
             compiled=False,
-            on_a_card=False,
             sliding=True,
             released={"gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B},
         ),

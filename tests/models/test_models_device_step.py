@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moecli.kv_cache import KvCache
@@ -31,6 +30,14 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+}
 VARIANTS = {
     "llama4": ("llama4", {}),
     "maverick": ("llama4", {"interleave_moe_layer_step": 2, "use_qk_norm": False}),
@@ -49,15 +56,30 @@ VARIANTS = {
     "mixtral": ("mixtral", {}),
     "glm4": ("glm4_moe", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
     "glm4_short": ("glm4_moe", {"num_hidden_layers": 2}),
+    "glm4_plain": ("glm4_moe", {"attention_bias": False, "first_k_dense_replace": 0}),
+    "mixtral_window": ("mixtral", {"sliding_window": 5}),
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss_window_of_1": ("gpt_oss", {"sliding_window": 1}),
+    "gpt_oss_window_of_5": ("gpt_oss", {"sliding_window": 5, "num_key_value_heads": 4}),
+    "gpt_oss_short": ("gpt_oss", {"num_hidden_layers": 2, "sliding_window": 5}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3_odd": ("deepseek_v3", {"q_lora_rank": None, "v_head_dim": 14, "kv_lora_rank": 4}),
+    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": YARN_ROPE, "attention_bias": True}),
+    "deepseek_v2": ("deepseek_v2", {"rope_parameters": YARN_ROPE}),
+    "deepseek_v3_short": ("deepseek_v3", {"num_hidden_layers": 2}),
 }
 # The interpreter of the kernels is slow: 50 ms a layer and token.
 CASES = [(name, "reference", range(LENGTH)) for name in VARIANTS]
 CASES += [("llama4_odd", "triton", range(3, 7)), ("qwen3_short", "triton", range(4))]
-CASES += [("glm4_short", "triton", range(4))]
+CASES += [("glm4_short", "triton", range(4)), ("deepseek_v3_short", "triton", range(6, 9))]
+CASES += [("gpt_oss_short", "triton", range(3, 7))]
 CAPTURES = [
-    (name, "reference", at, LENGTH) for name in ("llama4", "qwen3", "glm4") for at in (0, 3, 7, 8)
+    (name, "reference", at, LENGTH)
+    for name in ("llama4", "qwen3", "glm4", "gpt_oss", "deepseek_v3")
+    for at in (0, 3, 7, 8)
 ]
 CAPTURES += [("llama4_short", "triton", 4, 12), ("qwen3_short", "triton", 6, 9)]
+CAPTURES += [("gpt_oss_short", "triton", 3, 8), ("deepseek_v3_short", "triton", 6, 9)]
 
 
 class StackedExperts:
@@ -67,6 +89,7 @@ class StackedExperts:
         self.weight_on_input = experts.weight_on_input
         self.num_experts = num_experts
         self.load = experts.load
+        self.activation, self.biases = experts.activation, experts.biases
         self.stacks: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def stack(self, layer: int) -> None:
@@ -78,9 +101,13 @@ class StackedExperts:
         weights = topk_weights[..., None]
         x = hidden[:, None].expand(*topk_ids.shape, -1)  # [T, k, H]
         x = x * weights if self.weight_on_input else x
-        inner = F.silu(torch.einsum("tkh,tkih->tki", x, gate))
-        inner = inner * torch.einsum("tkh,tkih->tki", x, up)
-        out = torch.einsum("tki,tkhi->tkh", inner, down)
+        gates, ups = (torch.einsum("tkh,tkih->tki", x, part) for part in (gate, up))
+        added = torch.zeros((), dtype=hidden.dtype)
+        if layer in self.biases:
+            sizes = (gates.shape[-1], ups.shape[-1], hidden.shape[-1])
+            of_gate, of_up, added = self.biases[layer].to(hidden.dtype)[topk_ids].split(sizes, -1)
+            gates, ups = gates + of_gate, ups + of_up
+        out = torch.einsum("tki,tkhi->tkh", self.activation(gates, ups), down) + added
         return Ready((out if self.weight_on_input else out * weights).sum(1))
 
     def prefetch(self, layer, topk_ids):
@@ -164,7 +191,7 @@ def test_token_by_token(name, backend, places):
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 8, 12])
-@pytest.mark.parametrize("name", ["llama4", "qwen3"])
+@pytest.mark.parametrize("name", ["llama4", "qwen3", "gpt_oss", "deepseek_v3"])
 def test_a_prompt_before_and_a_batch_after(name, prompt):
     """Both ways to compute read and write the same cache."""
     decoder, ids, expected = case(name)
@@ -266,7 +293,9 @@ def test_a_captured_step_makes_no_guesses():
         logits_in_steps(guessing, tokens(1), [1])
 
 
-@pytest.mark.parametrize("name", ["llama4", "llama4_top2_bias", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama4", "llama4_top2_bias", "qwen3", "gpt_oss", "deepseek_v3", "glm4"]
+)
 def test_everything_is_made_on_the_device_of_the_weights(name):
     """A device without numbers: an operation on it and on main memory at once would be refused."""
     family, changes = VARIANTS[name]
@@ -279,6 +308,7 @@ def test_everything_is_made_on_the_device_of_the_weights(name):
             return tensors.setdefault(name, weights(name).to("meta"))
 
         experts = StackedExperts(experts, spec.num_experts)
+        experts.biases = {layer: bias.to("meta") for layer, bias in experts.biases.items()}
         gate, down = (
             torch.empty(spec.num_experts, *shape, device="meta")
             for shape in (

@@ -110,7 +110,7 @@ def test_silu_of_extremes_is_finite():
     tokens=st.integers(0, 3),
     num_experts=st.sampled_from([1, 3, 16, 40, 130]),
     share=st.floats(0, 1),
-    kind=st.sampled_from(["sigmoid", "softmax"]),
+    kind=st.sampled_from(["sigmoid", "softmax", "softmax_of_chosen"]),
     normalize=st.booleans(),
     dtype=DTYPES,
 )
@@ -123,11 +123,22 @@ def test_choose_experts(tokens, num_experts, share, kind, normalize, dtype):
     assert torch.equal(found[0], expected[0])
     weights = logits.double().sigmoid() if kind == "sigmoid" else logits.double().softmax(-1)
     exact = weights.gather(1, found[0])
-    exact = exact / exact.sum(-1, keepdim=True) if normalize else exact
+    whole = normalize or kind == "softmax_of_chosen"
+    exact = exact / exact.sum(-1, keepdim=True) if whole else exact
     for weights in (expected[1], found[1]):
         assert weights.dtype == dtype
         if tokens:
             assert_close(weights.double(), exact, dtype)
+
+
+def test_experts_far_below_the_best_are_still_told_apart():
+    """Their weights are all nothing in fp32, and yet one is wanted more than the others."""
+    logits = torch.tensor([[300.0, -3.0, -1.0, -2.0]], device=DEVICE)
+    fused.set_backend("triton")
+    for kind in ("softmax", "softmax_of_chosen"):
+        ids, weights = fused.choose_experts(logits, 3, kind, False)
+        assert ids.tolist() == [[0, 2, 3]]
+        assert weights.tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_equal_logits_choose_distinct_experts():
@@ -138,7 +149,7 @@ def test_equal_logits_choose_distinct_experts():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter
-@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax", "softmax_of_chosen"])
 def test_what_is_no_number_chooses_experts_that_exist(kind):
     logits = torch.full((2, 5), torch.nan, device=DEVICE)
     for (ids, _), _ in both(fused.choose_experts, logits, 3, kind, True):
@@ -162,6 +173,7 @@ def test_gather_rows(size, ids, dtype):
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (5, 1), (6, 6)]),
     half=st.integers(1, 20),
+    turning=st.floats(0, 1),
     rope=st.sampled_from(["interleaved", "half", "none"]),
     norm=st.sampled_from(["before", "after", "none"]),
     weighted=st.booleans(),
@@ -169,18 +181,19 @@ def test_gather_rows(size, ids, dtype):
     slot=st.integers(0, 6),
     dtypes=st.tuples(DTYPES, st.sampled_from([torch.float32, torch.bfloat16])),
 )
-def test_rotate_and_store(heads, half, rope, norm, weighted, tempered, slot, dtypes):
+def test_rotate_and_store(heads, half, turning, rope, norm, weighted, tempered, slot, dtypes):
+    """RoPE turns all components of a head or the first ones alone."""
     (num_heads, kv_heads), (dtype, cache_dtype) = heads, dtypes
     q, k, v = (
         random(1, count, 2 * half, dtype=dtype, seed=i)
         for i, count in enumerate((num_heads, kv_heads, kv_heads))
     )
-    turns = torch.polar(torch.ones(1, half), 3 * random(1, half).cpu()).to(DEVICE)
+    pairs = max(1, round(turning * half))
+    turns = torch.polar(torch.full((1, pairs), 1.1), 3 * random(1, pairs).cpu()).to(DEVICE)
     temperature = torch.full((1, 1, 1), 1.7, device=DEVICE) if tempered else None
     weight = random(num_heads + kv_heads, 2 * half, dtype=dtype, seed=4) if weighted else None
     cache = random(2, kv_heads, 7, 2 * half, dtype=cache_dtype, seed=5)
-    length = torch.tensor([slot + 1], device=DEVICE)
-    rules = (turns, temperature, weight, rope, norm, 1e-5, length)
+    rules = (turns, temperature, weight, rope, norm, 1e-5, torch.tensor([slot], device=DEVICE))
     results = both(fused.rotate_and_store, q, k, v, *rules, cache)
     (expected, (*_, expected_cache)), (found, (*_, found_cache)) = results
     looser = max((dtype, cache_dtype), key=TOLERANCE.__getitem__)
@@ -194,12 +207,21 @@ def test_rotate_and_store(heads, half, rope, norm, weighted, tempered, slot, dty
         assert torch.equal(changed[:, :, others], cache[:, :, others])
 
 
-def exact_attention(q: Tensor, keys_values: Tensor, length: int) -> Tensor:
+def exact_softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights [N, L] of scores fp64 [N, L], of which a sink [N] takes a part."""
+    if sinks is None:
+        return scores.softmax(-1)
+    return torch.cat((scores, sinks.double()[:, None]), dim=-1).softmax(-1)[:, :-1]
+
+
+def exact_attention(
+    q: Tensor, keys_values: Tensor, length: int, sinks: Tensor | None = None
+) -> Tensor:
     """[N * D] in fp64."""
     group = q.shape[1] // keys_values.shape[1]
     keys, values = keys_values[:, :, :length].double().repeat_interleave(group, dim=1)
     scores = torch.einsum("hd,hld->hl", q[0].double(), keys) / math.sqrt(q.shape[2])
-    return torch.einsum("hl,hld->hd", scores.softmax(-1), values).flatten()
+    return torch.einsum("hl,hld->hd", exact_softmax(scores, sinks), values).flatten()
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -209,19 +231,96 @@ def exact_attention(q: Tensor, keys_values: Tensor, length: int) -> Tensor:
     capacity=st.integers(1, 300),
     place=st.floats(0, 1),
     splits=st.sampled_from([1, 2, 3, 5]),
+    with_sinks=st.booleans(),
     dtypes=st.tuples(DTYPES, st.sampled_from([torch.float32, torch.bfloat16])),
 )
-def test_decode_attention(heads, size, capacity, place, splits, dtypes):
+def test_decode_attention(heads, size, capacity, place, splits, with_sinks, dtypes):
     """At any length; what lies beyond it is never looked at, not even if it is no number."""
     (num_heads, kv_heads), (dtype, cache_dtype) = heads, dtypes
     length = 1 + round(place * (capacity - 1))
     q = 3 * random(1, num_heads, size, dtype=cache_dtype)
     keys_values = random(2, kv_heads, capacity, size, dtype=cache_dtype, seed=1)
     keys_values[:, :, length:] = torch.nan
-    exact = exact_attention(q, keys_values, length)[None]
+    sinks = 4 * random(num_heads, seed=2) if with_sinks else None
+    exact = exact_attention(q, keys_values, length, sinks)[None]
     looser = max((dtype, cache_dtype), key=TOLERANCE.__getitem__)
-    args = (q, keys_values, torch.tensor([length], device=DEVICE), splits, dtype)
+    args = (q, keys_values, torch.tensor([length], device=DEVICE), splits, dtype, sinks)
     for found, _ in both(fused.decode_attention, *args):
+        assert found.dtype == dtype
+        assert_close(found.double(), exact, looser)
+
+
+@pytest.mark.parametrize("sink", [-300.0, 0.0, 300.0])
+def test_a_sink_far_above_or_below_the_scores(sink):
+    q, keys_values = random(1, 2, 16), random(2, 1, 40, 16, seed=1)
+    sinks, length = torch.full((2,), sink, device=DEVICE), torch.tensor([40], device=DEVICE)
+    exact = exact_attention(q, keys_values, 40, sinks)[None]
+    for found, _ in both(fused.decode_attention, q, keys_values, length, 3, torch.float32, sinks):
+        assert_close(found.double(), exact, torch.float32)
+    keys, values = keys_values
+    for found, _ in both(fused.windowed_attention, q, keys, values, None, sinks):
+        assert_close(found.double(), exact, torch.float32)
+
+
+@settings(max_examples=examples(20), deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (5, 1), (3, 3)]),
+    size=st.sampled_from([8, 16, 20]),
+    count=st.integers(1, 90),
+    before=st.integers(0, 90),
+    window=st.none() | st.integers(1, 100),
+    with_sinks=st.booleans(),
+    gap=st.integers(0, 5),
+    dtype=DTYPES,
+)
+def test_windowed_attention(heads, size, count, before, window, with_sinks, gap, dtype):
+    """Of the last tokens of some, whose heads may lie apart in a cache."""
+    (num_heads, kv_heads), length = heads, before + count
+    q = 3 * random(count, num_heads, size, dtype=dtype)
+    kept = random(2, kv_heads, length + gap, size, dtype=dtype, seed=1)
+    kept[:, :, length:] = torch.nan
+    sinks = 4 * random(num_heads, seed=2) if with_sinks else None
+    exact = []
+    for row in range(count):
+        end = before + row + 1
+        begin = 0 if window is None else max(0, end - window)
+        exact.append(exact_attention(q[row][None], kept[:, :, begin:], end - begin, sinks))
+    keys, values = kept[:, :, :length]
+    for found, _ in both(fused.windowed_attention, q, keys, values, window, sinks):
+        assert found.dtype == dtype
+        assert_close(found.double(), torch.stack(exact), dtype)
+
+
+def test_plain_attention_takes_its_rows_in_parts(monkeypatch):
+    q, (keys, values) = random(9, 4, 8), random(2, 2, 12, 8, seed=1)
+    sinks = random(4, seed=2)
+    fused.set_backend("reference")
+    whole = fused.windowed_attention(q, keys, values, 5, sinks)
+    monkeypatch.setattr(fused, "_SCORES_NBYTES", 4 * 4 * 12 * 2)  # of two rows
+    assert_close(fused.windowed_attention(q, keys, values, 5, sinks), whole, torch.float32)
+
+
+@settings(max_examples=examples(20), deadline=None)
+@given(
+    num_heads=st.sampled_from([1, 4, 16, 20]),
+    sizes=st.sampled_from([(16, 8), (20, 4), (32, 16), (4, 6)]),
+    capacity=st.integers(1, 150),
+    place=st.floats(0, 1),
+    splits=st.sampled_from([1, 2, 5]),
+    dtypes=st.tuples(DTYPES, st.sampled_from([torch.float32, torch.bfloat16])),
+)
+def test_decode_latents(num_heads, sizes, capacity, place, splits, dtypes):
+    """One key of rank and rest for all heads, and the rank of it as their value."""
+    (rank, rest), (dtype, cache_dtype) = sizes, dtypes
+    length, scale = 1 + round(place * (capacity - 1)), 0.3
+    q = random(1, num_heads, rank + rest, dtype=cache_dtype)
+    latents = random(capacity, rank + rest, dtype=cache_dtype, seed=1)
+    latents[length:] = torch.nan
+    seen = latents[:length].double()
+    exact = ((q[0].double() @ seen.mT * scale).softmax(-1) @ seen[:, :rank])[None]
+    looser = max((dtype, cache_dtype), key=TOLERANCE.__getitem__)
+    args = (q, latents, torch.tensor([length], device=DEVICE), splits, rank, scale, dtype)
+    for found, _ in both(fused.decode_latents, *args):
         assert found.dtype == dtype
         assert_close(found.double(), exact, looser)
 
@@ -260,7 +359,7 @@ def test_kernels_without_a_device_are_refused_in_words(monkeypatch):
     "name",
     [
         *("rms_norm", "add_rms_norm", "silu_mul", "choose_experts"),
-        *("rotate_and_store", "decode_attention"),
+        *("rotate_and_store", "decode_attention", "decode_latents", "windowed_attention"),
     ],
 )
 def test_shape_functions_and_schemas(name):
@@ -276,7 +375,9 @@ def test_shape_functions_and_schemas(name):
         "silu_mul": (x, x + 1),
         "choose_experts": (x, 3, "softmax", True),
         "rotate_and_store": (q, kv, kv, turns, None, None, "half", "none", 0.0, length, cache),
-        "decode_attention": (q.bfloat16(), cache, length, 2, torch.float32),
+        "decode_attention": (q.bfloat16(), cache, length, 2, torch.float32, random(4)),
+        "decode_latents": (q, random(5, 8), length, 2, 6, 0.3, torch.float32),
+        "windowed_attention": (random(3, 4, 8), *random(2, 2, 5, 8), 2, random(4)),
     }
     tests = ("test_schema", "test_faketensor")
     for backend in ("reference", "triton"):
@@ -286,8 +387,9 @@ def test_shape_functions_and_schemas(name):
 
 
 def compile_all() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
-    """PTX and spilled bytes for each GPU: attention of Llama 4 Scout, routing of Qwen3."""
-    from moecli.models.kernels import heads, rows
+    """PTX and spilled bytes for each GPU: attention of Llama 4 Scout, routing of Qwen3, prompts of
+    gpt-oss, latents of DeepSeek-V3."""
+    from moecli.models.kernels import heads, latents, prompt, rows
 
     cache, queries = torch.zeros(2, 8, 8192, 128).bfloat16(), torch.zeros(1, 40, 128).bfloat16()
     found = {}
@@ -295,6 +397,14 @@ def compile_all() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
         with compiling(capability) as programs:
             heads.decode_attention(queries, cache, torch.tensor([1]), 32, torch.bfloat16)
             rows.choose_experts(torch.zeros(1, 128).bfloat16(), 8, "softmax", True)
+            prompt.windowed_attention(
+                torch.zeros(512, 64, 64).bfloat16(), *torch.zeros(2, 8, 1024, 64).bfloat16(),
+                128, torch.zeros(64),
+            )  # fmt: skip
+            latents.decode_latents(
+                torch.zeros(1, 128, 576).bfloat16(), torch.zeros(4096, 576).bfloat16(),
+                torch.tensor([1]), 16, 512, 0.1, torch.bfloat16,
+            )  # fmt: skip
         found[str(capability)] = (programs, programs.spilled)
     return found
 
@@ -302,6 +412,8 @@ def compile_all() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
 def test_kernels_compile_and_attention_has_matrix_units_where_there_are_some(tmp_path: Path):
     found = run_python(compile_all, tmp_path, interpret=False)
     for capability, (programs, spilled) in found.items():
-        assert ("mma.sync" in programs["_attend_kernel"]) == (int(capability) >= 80)
+        print(capability, spilled)
+        for name in ("_attend_kernel", "_attend_many_kernel", "_attend_latents_kernel"):
+            assert ("mma.sync" in programs[name]) == (int(capability) >= 80), name
         assert not any(spilled.values()), spilled
         assert "bar.sync" not in programs["_choose_experts_kernel"]

@@ -20,6 +20,7 @@ NAMES = [case.name for case in CASES]
 # The interpreter is slow, and the kernels' own tests try every group size.
 TRIED = [c for c in CASES if "-g" not in c.name or "int4-g32" in c.name or "int8-g128" in c.name]
 FEW, DENSE = "experts of a few tokens, int4-g32", "dense weights, int8-g128"
+BIASED = "experts of many tokens, with biases and limits"
 
 
 def test_cases_are_named_apart_and_cover_every_path() -> None:
@@ -80,9 +81,13 @@ def _scaled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forgets_the_length(original: Callable[..., Any]) -> Callable[..., Any]:
     def broken(q: Any, kept: torch.Tensor, length: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return original(q, kept, torch.full_like(length, kept.shape[2]), *rest)
+        return original(q, kept, torch.full_like(length, kept.shape[-2]), *rest)
 
     return broken
+
+
+def _forgets_biases(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: original(*args, **{**kwargs, "biases": None})
 
 
 def _half_of_it(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,6 +114,19 @@ BROKEN = [
         "moecli.models.kernels.heads.rotate_and_store",
         _scaled,
     ),
+    (
+        "kernels",
+        "attention of many tokens to windows",
+        "moecli.models.kernels.prompt.windowed_attention",
+        _scaled,
+    ),
+    (
+        "kernels",
+        "attention of one token to latents",
+        "moecli.models.kernels.latents.decode_latents",
+        _forgets_the_length,
+    ),
+    ("kernels", BIASED, f"{_BACKEND}.add_routed_experts", _forgets_biases),
     ("kernels", "the cache's bookkeeping", "offload.kernels.resolve.resolve", _does_nothing),
     ("fetch", "experts copied into slots", "offload.kernels.fetch.fetch", _does_nothing),
     ("fetch", "experts copied into slots", "offload.kernels.fetch.fetch", _half_of_it),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moecli.config import SIMULATED, EngineConfig
+from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint, tensor_nbytes
 from moecli.models.config import ModelSpec
@@ -13,7 +13,7 @@ from offload.errors import OffloadError
 from offload.hardware import Machine
 from quant.scheme import QuantScheme
 from tests.e2e.tiny import llama4_config
-from tests.models.released import DEEPSEEK_V3
+from tests.models.released import DEEPSEEK_V3, GPT_OSS_20B
 
 MIB = 1 << 20
 SPEC = ModelSpec.from_hf(llama4_config() | {"vocab_size": 65_536})  # dense weights matter
@@ -85,17 +85,37 @@ def test_a_smaller_scheme_is_proposed_for_a_card_only() -> None:
 LATENT = ModelSpec.from_hf(DEEPSEEK_V3 | {"num_hidden_layers": 4, "n_routed_experts": 16})
 
 
-def test_attention_over_latents_is_refused_where_a_card_is_to_compute() -> None:
+def test_latents_are_kept_in_16_bits_wherever_they_are() -> None:
     roomy = replace(RAM, ram_available=1 << 34)
-    for config in (EngineConfig(vram_nbytes=1 << 33), EngineConfig(device=SIMULATED)):
-        with pytest.raises(MoecliError, match=r"latents on a graphics card.*deepseek_v3") as caught:
-            plan_model(LATENT, SCHEMES, 64, replace(config, vram_nbytes=1 << 33), roomy)
-        assert "`--device cpu`" in (caught.value.hint or "")
-    config = EngineConfig(device="cpu")
-    assert not plan_model(LATENT, SCHEMES, 64, config, roomy).on_device
+    config = EngineConfig(vram_nbytes=1 << 33)
+    plan = plan_model(LATENT, SCHEMES, 64, config, roomy)
+    assert plan.on_device
+    assert plan.kv_nbytes == 4 * 64 * 576 * 2
+    config = EngineConfig(device="cpu", kv_dtype="int8")
     with pytest.raises(MoecliError, match=r"latents.*int8") as caught:
-        plan_model(LATENT, SCHEMES, 64, replace(config, kv_dtype="int8"), roomy)
+        plan_model(LATENT, SCHEMES, 64, config, roomy)
     assert "`--kv-dtype`" in (caught.value.hint or "")
+
+
+def test_a_plan_counts_windows_and_biases_of_experts() -> None:
+    """Of gpt-oss-20b on a card; the processor's lane has its own copy of the biases."""
+    spec = ModelSpec.from_hf(GPT_OSS_20B)
+    roomy = replace(RAM, ram_available=1 << 36)
+    plan = plan_model(spec, SCHEMES, 4096, EngineConfig(vram_nbytes=8 << 30), roomy)
+    token = 2 * spec.num_kv_heads * spec.head_dim * 2
+    assert plan.kv_nbytes == 12 * (4096 + 128) * token
+    biases = 24 * 32 * 3 * 2880 * 4
+    assert plan.host_bias_nbytes == biases
+    assert plan.ram_nbytes == (
+        biases
+        + (0 if plan.embedding_on_device else plan.embedding_nbytes)
+        + (1 + plan.host_slots) * plan.slot_nbytes
+    )
+    unbiased = plan_model(
+        replace(spec, expert_bias=False), SCHEMES, 4096, EngineConfig(vram_nbytes=8 << 30), roomy
+    )
+    assert plan.dense_nbytes - unbiased.dense_nbytes == biases
+    assert unbiased.host_bias_nbytes == 0
 
 
 def test_the_matrix_that_is_absorbed_is_planned_for_as_it_is_held() -> None:

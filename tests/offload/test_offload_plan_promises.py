@@ -32,6 +32,7 @@ def footprints(draw: st.DrawFn) -> ModelFootprint:
         group_size=group,
         device_workspace_nbytes=draw(st.none() | small),
         prefill_tokens=draw(st.integers(0, 600)),
+        host_bias_nbytes=draw(st.just(0) | small),
     )
 
 
@@ -70,7 +71,9 @@ def check_promises(plan: MemoryPlan, model: ModelFootprint, machine: Machine) ->
         + total * plan.slice_nbytes
     )
     assert plan.ram_nbytes == (
-        (0 if plan.embedding_on_device else embedding) + (1 + plan.host_slots) * slot
+        (0 if plan.embedding_on_device else embedding)
+        + model.host_bias_nbytes
+        + (1 + plan.host_slots) * slot
     )
     assert model.experts_per_token <= plan.host_slots
     if plan.placement == "slice":
@@ -119,7 +122,8 @@ def test_every_plan_keeps_its_promises(
 ) -> None:
     assume((placement, lane) != ("lru", "cpu"))
     all_slots = model.total_experts * model.slot_nbytes
-    ram = int(ram_share * (all_slots + model.embedding_nbytes)) + 1
+    fixed = model.embedding_nbytes + model.host_bias_nbytes
+    ram = int(ram_share * (all_slots + fixed)) + 1
     vram = int(vram_share * (all_slots + model.on_device_nbytes)) + 1
     try:
         plan = make_plan(model, machine, ram, vram, placement=placement, lane=lane)
@@ -146,7 +150,8 @@ def test_no_other_placement_is_clearly_faster(
 ) -> None:
     machine = replace(machine, **{n: getattr(machine, n) or 1e9 for n in ("vram_bw", "link_bw")})
     machine = replace(machine, disk_bw=machine.disk_bw or 1e8)
-    ram = model.embedding_nbytes + (model.total_experts + 1) * model.slot_nbytes
+    fixed = model.embedding_nbytes + model.host_bias_nbytes
+    ram = fixed + (model.total_experts + 1) * model.slot_nbytes
     needed = model.on_device_nbytes + (machine.context_nbytes or 0) + 2 * model.slot_nbytes
     vram = needed + int(vram_share * model.total_experts * model.slot_nbytes)
     plan = make_plan(model, machine, ram, vram)
@@ -168,7 +173,8 @@ def test_the_budget_that_the_error_names_fits(
     """So does any larger one, and the room that a plan leaves holds no more experts."""
     from moecli.units import parse_size
 
-    ram = model.embedding_nbytes + (model.total_experts + 1) * model.slot_nbytes
+    fixed = model.embedding_nbytes + model.host_bias_nbytes
+    ram = fixed + (model.total_experts + 1) * model.slot_nbytes
     with pytest.raises(OffloadError) as caught:
         make_plan(model, machine, ram, 1, placement=placement)
     named = (caught.value.hint or "").split("`--vram ")[1].split("`")[0]

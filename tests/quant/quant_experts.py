@@ -64,15 +64,27 @@ class Experts:
             device=self._memory.device,
         )
 
-    def exact(self, expert: int, x: Tensor, span: tuple[int, int] | None = None) -> Tensor:
-        """fp64 [H] of x [H]"""
+    def exact(
+        self,
+        expert: int,
+        x: Tensor,
+        span: tuple[int, int] | None = None,
+        biases: Tensor | None = None,
+        activation: str = "silu",
+    ) -> Tensor:
+        """fp64 [H] of x [H]; biases [E, 2 I + H]"""
         weights = self.layout.views(self._blob(self._host, expert))
         gate, up, down = (
             dequantize(weight, torch.float64) for weight in (weights.gate, weights.up, weights.down)
         )
         part = slice(*span) if span else slice(None)
-        act = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
-        return act[..., part] @ down.t()[part]
+        gates, ups, constant = x @ gate.t(), x @ up.t(), torch.zeros((), dtype=torch.float64)
+        if biases is not None:
+            sizes = (len(gate), len(up), len(down))
+            of_gate, of_up, of_down = biases[expert].cpu().double().split(sizes)
+            gates, ups = gates + of_gate, ups + of_up
+            constant = of_down if span is None or span[0] == 0 else constant
+        return gated(gates, ups, activation)[..., part] @ down.t()[part] + constant
 
     def contributions(
         self,
@@ -83,6 +95,8 @@ class Experts:
         *,
         present: set[int] | None = None,
         span: tuple[int, int] | None = None,
+        biases: Tensor | None = None,
+        activation: str = "silu",
     ) -> Tensor:
         """fp64 [T, k, H] on the CPU"""
         hidden, ids, weights = hidden.cpu().double(), ids.cpu(), weights.cpu().double()
@@ -93,10 +107,24 @@ class Experts:
                 if present is not None and expert not in present:
                     continue
                 x = hidden[t] * weight if weight_on_input else hidden[t]
-                out[t, k] = self.exact(expert, x, span)
+                out[t, k] = self.exact(expert, x, span, biases, activation)
                 if not weight_on_input:
                     out[t, k] *= weight
         return out
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """What stands between an expert's projections, by the names of ops; said anew, in fp64."""
+    if activation == "silu":
+        return gate / (1 + (-gate).exp()) * up
+    assert activation == "clamped_swiglu"
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate / (1 + (-1.702 * gate).exp()) * (up + 1)
+
+
+def random_biases(layout: ExpertLayout, num_experts: int) -> Tensor:
+    """fp32 [E, 2 I + H], some of them beyond where gates are cut off."""
+    return 6 * random(num_experts, 2 * layout.intermediate_size + layout.hidden_size, seed=7)
 
 
 def assert_close(actual: Tensor, exact: Tensor, tolerance: float = 1e-5) -> None:

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from quant import ops
-from quant.errors import QuantError
 from quant.kernels.cpu.backend import CpuBackend
 from quant.kernels.cpu.library import Library, NoLibrary, library
 from quant.layout import ExpertLayout
@@ -90,14 +89,3 @@ def test_biases_with_silu_and_an_expert_that_is_not_here(name: str) -> None:
     added = case.biases[case.ids, 2 * INNER :] * case.weights[..., None]
     added[case.ids == 0] = 0
     assert_close(found - plain, added.double(), 1e-5)
-
-
-def test_triton_refuses_what_it_does_not_know() -> None:
-    case = Case(QuantScheme(4, 32), 2)
-    call = (case.hidden, case.ids, case.weights, case.experts.addresses(), case.experts.layout)
-    ops.set_backend("triton")
-    with pytest.raises(QuantError, match="biases of experts") as caught:
-        ops.routed_experts(*call, biases=case.biases)
-    assert caught.value.hint
-    with pytest.raises(QuantError, match="clamped_swiglu"):
-        ops.add_routed_experts(torch.zeros(2, HIDDEN), *call, activation="clamped_swiglu")

@@ -6,6 +6,7 @@ import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant import ops
+from quant.kernels.experts import ACTIVATIONS
 from quant.layout import ExpertLayout
 from quant.quantize import dequantize
 from quant.scheme import BITS, GROUP_SIZES, QuantScheme
 from quant.tensor import QuantizedWeight
 from tests.devices import DEVICE, examples
-from tests.quant.quant_experts import Experts, assert_close, random, random_weight
+from tests.quant.quant_experts import (
+    Experts,
+    assert_close,
+    random,
+    random_biases,
+    random_weight,
+)
 from tests.triton_compile import compiling, run_python
 
 pytest.importorskip("triton")
@@ -51,6 +59,8 @@ class Call:
         weight_on_input: bool = False,
         dtype: torch.dtype = torch.float32,
         present: set[int] | None = None,
+        biased: bool = False,
+        activation: str = "silu",
         seed: int = 0,
     ) -> None:
         group = scheme.group_size
@@ -63,7 +73,12 @@ class Call:
         self.ids = ids.to(DEVICE)  # [T, k]
         self.weights = random(tokens, choices, seed=seed + 2).sigmoid().to(dtype).to(DEVICE)
         self.span = span_groups and (span_groups[0] * group, span_groups[1] * group)
-        self.options = {"weight_on_input": weight_on_input, "span": self.span}
+        self.options: dict[str, Any] = {
+            "weight_on_input": weight_on_input,
+            "span": self.span,
+            "biases": random_biases(layout, 4).to(DEVICE) if biased else None,
+            "activation": activation,
+        }
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, ExpertLayout]:
@@ -81,9 +96,8 @@ class Call:
     def contributions(self) -> Tensor:
         """fp64 [T, k, H]"""
         return self.experts.contributions(
-            self.hidden, self.ids, self.weights, self.options["weight_on_input"],
-            present=self.present, span=self.span,
-        )  # fmt: skip
+            self.hidden, self.ids, self.weights, present=self.present, **self.options
+        )
 
     def check(self) -> None:
         before = random(*self.hidden.shape, seed=9).to(DEVICE)
@@ -107,6 +121,8 @@ def calls(draw: st.DrawFn) -> Call:
         weight_on_input=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         present=draw(st.none() | st.sets(st.integers(0, 3))),
+        biased=draw(st.booleans()),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
         seed=draw(st.integers(0, 99)),
     )
 
@@ -143,6 +159,27 @@ def test_tiles_as_they_are_on_a_gpu(monkeypatch: pytest.MonkeyPatch, weight_on_i
     Call(
         QuantScheme(4, 32), 3, 2, (1, 2), present={0, 1, 2}, weight_on_input=weight_on_input
     ).check()
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("span", [None, (0, 1), (1, 3)])
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_biases_and_the_gate_of_gpt_oss(
+    choices: int, span: tuple[int, int] | None, tokens: int
+) -> None:
+    """Of spans, too, which add up; for few tokens and for many; one expert is not here."""
+    call = Call(
+        QuantScheme(4, 32), 3, 3, (tokens, choices),
+        span_groups=span, present={0, 1, 3}, biased=True, activation="clamped_swiglu",
+    )  # fmt: skip
+    call.check()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_what_is_no_number_is_not_hidden_by_a_limit(tokens: int) -> None:
+    call = Call(QuantScheme(), 2, 2, (tokens, 1), activation="clamped_swiglu")
+    call.hidden[0] = torch.nan
+    assert call.sums(torch.zeros(call.hidden.shape, device=DEVICE))[0].isnan().all()
 
 
 def test_sums_go_by_choices_and_each_choice_counts_alone() -> None:
@@ -263,6 +300,23 @@ def compile_all() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
     return found
 
 
+def compile_gpt_oss() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
+    """The same at the shapes of gpt-oss, with its biases and its gate."""
+    layout = ExpertLayout(2880, 2880, QuantScheme(4, 32))
+    found = {}
+    for capability in CAPABILITIES:
+        with compiling(capability) as programs:
+            kernels.add_routed_experts(
+                torch.zeros(1, 2880), torch.zeros(1, 2880, dtype=torch.bfloat16),
+                torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bfloat16),
+                torch.zeros(32, dtype=torch.int64), layout,
+                activation="clamped_swiglu", weight_on_input=False, span=(0, 2880),
+                biases=torch.zeros(32, 3 * 2880),
+            )  # fmt: skip
+        found[str(capability)] = (programs, programs.spilled)
+    return found
+
+
 def test_kernels_compile_to_wide_loads_and_no_barriers_between_them(tmp_path: Path) -> None:
     found = run_python(compile_all, tmp_path, interpret=False)
     for capability in CAPABILITIES:
@@ -278,3 +332,14 @@ def test_kernels_compile_to_wide_loads_and_no_barriers_between_them(tmp_path: Pa
         # Two warps a program here, which add up at the end; were it one, nothing would wait.
         assert "bar.sync" in programs["_down_kernel"]
         assert "bar.sync" not in programs["_gate_up_kernel"]
+
+
+def test_kernels_compile_with_biases_and_the_gate_of_gpt_oss(tmp_path: Path) -> None:
+    found = run_python(compile_gpt_oss, tmp_path, interpret=False)
+    for programs, spilled in found.values():
+        assert set(programs) == {"_gate_up_kernel", "_down_kernel", "_add_kernel"}
+        assert not any(spilled.values()), spilled
+        for name in ("_gate_up_kernel", "_down_kernel"):
+            loads = re.findall(r"ld\.global\.L1::evict_first\S*", programs[name])
+            assert loads, name
+            assert all(load.endswith("v4.b32") for load in loads), f"{name}: {loads}"

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from quant.kernels.experts import ACTIVATIONS
 from quant.kernels.triton import grouped, linear
 from quant.kernels.triton.card import Card
 from quant.layout import ExpertLayout
@@ -28,7 +29,13 @@ from quant.quantize import dequantize
 from quant.scheme import BITS, GROUP_SIZES, QuantScheme
 from quant.tensor import QuantizedWeight
 from tests.devices import DEVICE, examples
-from tests.quant.quant_experts import Experts, assert_close, random, random_weight
+from tests.quant.quant_experts import (
+    Experts,
+    assert_close,
+    random,
+    random_biases,
+    random_weight,
+)
 from tests.triton_compile import compiling, run_python
 
 # Of the largest value: fp32 is summed in another order; the others round weights and results too,
@@ -135,9 +142,13 @@ class Call:
         num_experts: int,
         dtype: torch.dtype = torch.float32,
         *,
+        biased: bool = False,
+        activation: str = "silu",
         seed: int = 0,
     ) -> None:
         self.experts = Experts(layout, num_experts, DEVICE)
+        self.biases = random_biases(layout, num_experts) if biased else None
+        self.activation = activation
         self.hidden = random(num_tokens, layout.hidden_size, seed=seed).to(dtype)
         skewed = random(num_tokens, num_experts, seed=seed + 1) - torch.arange(num_experts)
         self.ids = skewed.argsort(-1, descending=True)[:, :top_k].contiguous()
@@ -157,9 +168,10 @@ class Call:
             *(tensor.to(DEVICE) for tensor in (self.hidden, self.ids, self.weights)),
             self.experts.addresses(present),
             layout,
-            activation="silu",
+            activation=self.activation,
             weight_on_input=weight_on_input,
             span=span or (0, layout.intermediate_size),
+            biases=None if self.biases is None else self.biases.to(DEVICE),
         )
         return out
 
@@ -174,10 +186,11 @@ class Call:
         for expert in range(self.experts.num_experts) if present is None else present:
             token, choice = (self.ids == expert).nonzero(as_tuple=True)
             x, weight = self.hidden[token].double(), self.weights[token, choice, None].double()
+            rules = (span, self.biases, self.activation)
             if weight_on_input:
-                out[token] += self.experts.exact(expert, x * weight, span)
+                out[token] += self.experts.exact(expert, x * weight, *rules)
             else:
-                out[token] += self.experts.exact(expert, x, span) * weight
+                out[token] += self.experts.exact(expert, x, *rules) * weight
         return out
 
 
@@ -198,6 +211,8 @@ def spans(draw: st.DrawFn) -> tuple[int, int, int]:
     num_experts=st.integers(1, 6),
     dtype=DTYPES,
     weight_on_input=st.booleans(),
+    biased=st.booleans(),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     data=st.data(),
 )
 def test_routed_experts(
@@ -208,13 +223,16 @@ def test_routed_experts(
     num_experts: int,
     dtype: torch.dtype,
     weight_on_input: bool,
+    biased: bool,
+    activation: str,
     data: st.DataObject,
 ) -> None:
     groups, begin, end = (number * scheme.group_size for number in span)
     layout = ExpertLayout(hidden_groups * scheme.group_size, groups, scheme)
     top_k = data.draw(st.integers(1, num_experts), "top_k")
     present = data.draw(st.sets(st.integers(0, num_experts - 1)), "present")
-    call = Call(layout, num_tokens, top_k, num_experts, dtype, seed=num_tokens)
+    rules = {"biased": biased, "activation": activation, "seed": num_tokens}
+    call = Call(layout, num_tokens, top_k, num_experts, dtype, **rules)
     arguments = (weight_on_input, present, (begin, end))
     tolerance = max(TOLERANCES[dtype], TOLERANCES[grouped._between(dtype)])
     assert_close(call.sums(*arguments), call.exact(*arguments), tolerance)
@@ -231,8 +249,9 @@ def test_what_lies_between_the_projections_may_be_more_than_fp16_holds() -> None
 
 def test_blocks_of_tokens_rows_and_columns() -> None:
     """More than one of each: of the first expert's choices, of bands, of columns, of its rows."""
-    call = Call(ExpertLayout(544, 160, QuantScheme(4, 32)), 40, 2, 3)
-    assert_close(call.sums(True), call.exact(True), 2e-6)
+    for rules in ({}, {"biased": True, "activation": "clamped_swiglu"}):
+        call = Call(ExpertLayout(544, 160, QuantScheme(4, 32)), 40, 2, 3, **rules)
+        assert_close(call.sums(True), call.exact(True), 2e-6)
 
 
 def test_sums_are_added_to_what_is_there_and_do_not_change_from_call_to_call() -> None:
@@ -399,3 +418,27 @@ def test_kernels_compile_to_wide_loads_and_matrix_units(tmp_path: Path) -> None:
             assert len(re.findall(r"st\.shared", program)) <= 32, name
         for name in kernels if capability == 100 else ():
             assert "tcgen05.mma" in programs[name]
+
+
+def compile_gpt_oss() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
+    """The same of the experts of gpt-oss, with their biases and their gate."""
+    layout, found = ExpertLayout(2880, 2880, QuantScheme(4, 32)), {}
+    x = torch.zeros(1024, 2880, dtype=torch.bfloat16)
+    for capability in CAPABILITIES:
+        with compiling(capability) as programs:
+            grouped.add_routed_experts(
+                torch.zeros(1024, 2880), x,
+                torch.zeros(1024, 4, dtype=torch.int64), x[:, :4].clone(),
+                torch.zeros(32, dtype=torch.int64), layout,
+                activation="clamped_swiglu", weight_on_input=False, span=(0, 2880),
+                biases=torch.zeros(32, 3 * 2880),
+            )  # fmt: skip
+        found[str(capability)] = (programs, programs.spilled)
+    return found
+
+
+def test_kernels_compile_with_biases_and_the_gate_of_gpt_oss(tmp_path: Path) -> None:
+    for programs, spilled in run_python(compile_gpt_oss, tmp_path, interpret=False).values():
+        assert set(programs) == {"_gate_up_kernel", "_down_kernel", "_add_kernel"}
+        assert not any("trap;" in program for program in programs.values())
+        assert max(spilled.values()) <= 128, spilled

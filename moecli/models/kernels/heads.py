@@ -1,6 +1,7 @@
 """Knows kernels of one token's attention: RoPE with the KV store, attention over a cache's slots.
 
-Legend: N query heads, K key heads, D head size, C slots, S splits of the length.
+Legend: N query heads, K key heads, D head size, R of it turned by RoPE, C slots, S splits of the
+length.
 
 Every launcher here takes the arguments of its op in moecli.models.fused. How many slots are seen is
 read on the device, so that one launch is right for every length.
@@ -22,6 +23,7 @@ from quant.kernels.triton.card import card_of
 # smallest cards, or leave room for one program only on the larger ones.
 _TILE_NBYTES = 16 << 10
 _MAX_SLOTS = 64
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def _normalized(x, y, x_weight, y_weight, eps, D: tl.constexpr, DTYPE: tl.conste
 @triton.jit
 def _positioned(
     source,  # [D]: a query or a key
-    turns,  # fp32 [D / 2, 2]: cosines and sines
+    turns,  # fp32 [R / 2, 2]: cosines and sines
     norm_weight,  # [D]
     first,  # where the components of each pair are
     second,
@@ -46,6 +48,7 @@ def _positioned(
     mask,
     eps,
     D: tl.constexpr,
+    TURNING: tl.constexpr,
     ROPE: tl.constexpr,
     NORM: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -61,8 +64,9 @@ def _positioned(
     if NORM == "before":
         x, y = _normalized(x, y, x_weight, y_weight, eps, D, DTYPE)
     if ROPE != "none":
-        cosine = tl.load(turns + 2 * pair, mask=mask, other=0.0)
-        sine = tl.load(turns + 2 * pair + 1, mask=mask, other=0.0)
+        turning = pair < TURNING // 2  # the others stay as they are
+        cosine = tl.load(turns + 2 * pair, mask=turning, other=1.0)
+        sine = tl.load(turns + 2 * pair + 1, mask=turning, other=0.0)
         turned = x * cosine - y * sine
         y = (y * cosine + x * sine).to(DTYPE).to(tl.float32)
         x = turned.to(DTYPE).to(tl.float32)
@@ -79,7 +83,7 @@ def _rotate_and_store_kernel(
     turns,
     temperature,  # fp32 [1]
     norm_weight,  # [N + K, D]
-    length,  # int64 [1]
+    slot_at,  # int64 [1]
     cache,  # [2, K, C, D]
     out,  # [N, D]
     num_heads,
@@ -87,6 +91,7 @@ def _rotate_and_store_kernel(
     capacity,
     eps,
     D: tl.constexpr,
+    TURNING: tl.constexpr,  # R: components that RoPE turns, the first ones
     ROPE: tl.constexpr,
     NORM: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -94,12 +99,13 @@ def _rotate_and_store_kernel(
     BLOCK: tl.constexpr,
 ):
     head = tl.program_id(0)
-    slot = tl.load(length) - 1  # int64
+    slot = tl.load(slot_at)  # int64
     pair = tl.arange(0, BLOCK)
     mask = pair < D // 2
     first, second = 2 * pair, 2 * pair + 1
     if ROPE == "half":
-        first, second = pair, pair + D // 2
+        first = tl.where(pair < TURNING // 2, pair, first)
+        second = tl.where(pair < TURNING // 2, pair + TURNING // 2, second)
     if head < num_heads:
         x, y = _positioned(
             queries + head * D,
@@ -111,6 +117,7 @@ def _rotate_and_store_kernel(
             mask,
             eps,
             D,
+            TURNING,
             ROPE,
             NORM,
             WEIGHTED,
@@ -133,6 +140,7 @@ def _rotate_and_store_kernel(
             mask,
             eps,
             D,
+            TURNING,
             ROPE,
             NORM,
             WEIGHTED,
@@ -212,9 +220,11 @@ def _combine_kernel(
     partial,
     largest,
     sums,
+    sinks,  # fp32 [N]: scores that take weight and give no value
     out,  # [N, D]
     num_heads,
     D: tl.constexpr,
+    SINKS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -227,8 +237,14 @@ def _combine_kernel(
     column_mask = columns < D
     rows = splits * num_heads + head
     tops = tl.load(largest + rows, mask=split_mask, other=-float("inf"))
-    shares = tl.exp2(tops - tl.max(tops, axis=0))
-    total = tl.sum(shares * tl.load(sums + rows, mask=split_mask, other=0.0), axis=0)
+    top = tl.max(tops, axis=0)
+    total = 0.0
+    if SINKS:
+        sink = tl.load(sinks + head) * LOG2_E  # scores are powers of two here
+        top = tl.maximum(top, sink)
+        total = tl.exp2(sink - top)
+    shares = tl.exp2(tops - top)
+    total += tl.sum(shares * tl.load(sums + rows, mask=split_mask, other=0.0), axis=0)
     mask = split_mask[:, None] & column_mask[None, :]
     parts = tl.load(partial + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
     result = tl.sum(parts * shares[:, None], axis=0) / total
@@ -245,7 +261,7 @@ def rotate_and_store(
     rope: str,
     norm: str,
     eps: float,
-    length: Tensor,
+    slot: Tensor,
     keys_values: Tensor,
 ) -> Tensor:
     _, num_heads, size = q.shape
@@ -258,9 +274,10 @@ def rotate_and_store(
         *(q, k, v, pairs),
         pairs if temperature is None else temperature,
         q if norm_weight is None else norm_weight,
-        *(length, keys_values, out),
+        *(slot, keys_values, out),
         *(num_heads, num_kv_heads, capacity, eps),
         D=size,
+        TURNING=2 * turns.shape[-1],
         ROPE=rope,
         NORM=norm,
         WEIGHTED=norm_weight is not None,
@@ -272,7 +289,12 @@ def rotate_and_store(
 
 
 def decode_attention(
-    q: Tensor, keys_values: Tensor, length: Tensor, splits: int, dtype: torch.dtype
+    q: Tensor,
+    keys_values: Tensor,
+    length: Tensor,
+    splits: int,
+    dtype: torch.dtype,
+    sinks: Tensor | None,
 ) -> Tensor:
     _, num_heads, size = q.shape
     _, num_kv_heads, capacity, _ = keys_values.shape
@@ -280,38 +302,47 @@ def decode_attention(
     group = num_heads // num_kv_heads
     partial = q.new_empty(splits, num_heads, size, dtype=torch.float32)
     largest, sums = q.new_empty(2, splits, num_heads, dtype=torch.float32)
-    out = q.new_empty(1, num_heads * size, dtype=dtype)
     block_size = max(16, triton.next_power_of_2(size))
-    dot = _dot_dtype(keys_values)
+    dot = dot_dtype(keys_values)
     _attend_kernel[(num_kv_heads, splits)](
         *(q.contiguous(), keys_values, length, partial, largest, sums),
         *(num_kv_heads, group, capacity),
-        math.log2(math.e) * size**-0.5,
+        LOG2_E.value * size**-0.5,
         D=size,
         SPLITS=splits,
         DOT=dot,
         BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
-        BLOCK_LENGTH=_block_length(dot, block_size),
+        BLOCK_LENGTH=block_length(dot, block_size),
         BLOCK_D=block_size,
         num_stages=2,
     )
+    return combine_splits(partial, largest, sums, dtype, sinks)
+
+
+def combine_splits(
+    partial: Tensor, largest: Tensor, sums: Tensor, dtype: torch.dtype, sinks: Tensor | None
+) -> Tensor:
+    """[1, N * D] of what splits found: partial fp32 [S, N, D], largest and sums fp32 [S, N]."""
+    splits, num_heads, size = partial.shape
+    out = partial.new_empty(1, num_heads * size, dtype=dtype)
     _combine_kernel[(num_heads,)](
-        *(partial, largest, sums, out, num_heads),
+        *(partial, largest, sums, sums if sinks is None else sinks, out, num_heads),
         D=size,
+        SINKS=sinks is not None,
         SPLITS=splits,
         BLOCK_SPLITS=triton.next_power_of_2(splits),
-        BLOCK_D=block_size,
+        BLOCK_D=max(16, triton.next_power_of_2(size)),
     )
     return out
 
 
-def _block_length(dot: tl.dtype, block_size: int) -> int:
+def block_length(dot: tl.dtype, block_size: int) -> int:
     """Slots that one turn of attention's loop looks at."""
     fitting = _TILE_NBYTES // (block_size * dot.primitive_bitwidth // 8)
     return max(16, min(_MAX_SLOTS, fitting))
 
 
-def _dot_dtype(cache: Tensor) -> tl.dtype:
+def dot_dtype(cache: Tensor) -> tl.dtype:
     """Triton's interpreter cannot multiply bfloat16, and before sm_80 it uses no matrix units."""
     if INTERPRETED or card_of(cache.device).capability < 80:
         return tl.float32

@@ -62,7 +62,7 @@ def _choose_experts_kernel(
     ids,  # int64 [T, TOP_K]
     weights,  # [T, TOP_K]
     num_experts,
-    SIGMOID: tl.constexpr,
+    KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -75,10 +75,6 @@ def _choose_experts_kernel(
     here = expert < num_experts
     scores = tl.load(logits + token * num_experts + expert, here, other=-float("inf"))
     scores = scores.to(tl.float32)
-    total = 1.0
-    if not SIGMOID:
-        scores = tl.exp(scores - tl.max(scores, axis=0))
-        total = tl.sum(scores, axis=0)
     left = tl.where(here, scores, -float("inf"))
     chosen = tl.zeros([CHOICES], tl.int32)
     found = tl.zeros([CHOICES], tl.float32)
@@ -89,8 +85,14 @@ def _choose_experts_kernel(
         chosen = tl.where(place == turn, which, chosen)
         found = tl.where(place == turn, largest, found)
         left = tl.where(expert == which, -float("inf"), left)
-    found = 1.0 / (1.0 + tl.exp(-found)) if SIGMOID else found / total
-    if NORMALIZE:
+    if KIND == "sigmoid":
+        found = 1.0 / (1.0 + tl.exp(-found))
+    else:
+        top = tl.max(scores, axis=0)
+        found = tl.exp(found - top)
+    if KIND == "softmax":
+        found = found / tl.sum(tl.exp(scores - top), axis=0)
+    if NORMALIZE or KIND == "softmax_of_chosen":
         found = found / tl.sum(tl.where(place < TOP_K, found, 0.0), axis=0)
     at = token * TOP_K + place
     tl.store(ids + at, chosen.to(tl.int64), place < TOP_K)
@@ -159,7 +161,7 @@ def choose_experts(logits: Tensor, top_k: int, kind: str, normalize: bool) -> tu
     if num_tokens:
         _choose_experts_kernel[(num_tokens,)](
             *(logits.contiguous(), ids, weights, num_experts),
-            SIGMOID=kind == "sigmoid",
+            KIND=kind,
             NORMALIZE=normalize,
             TOP_K=top_k,
             CHOICES=triton.next_power_of_2(top_k),

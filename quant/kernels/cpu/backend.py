@@ -14,6 +14,7 @@ from torch import Tensor
 from quant.kernels import tiled
 from quant.kernels.cpu.few import ACTIVATIONS, FLOATS, matrix_argument
 from quant.kernels.cpu.library import Library, LinearArgument, MoeArgument, library
+from quant.kernels.experts import biases_for
 from quant.layout import ExpertLayout
 from quant.tensor import QuantizedWeight
 
@@ -142,6 +143,7 @@ class CpuBackend:
             return
         rows, ids = hidden.float().contiguous(), topk_ids.contiguous()
         weights, table = topk_weights.float().contiguous(), addresses.contiguous()
+        added = None if biases is None else biases_for(biases, layout)
         call = MoeArgument(
             *(rows.data_ptr(), ids.data_ptr(), weights.data_ptr(), table.data_ptr()),
             *(num_tokens, num_choices, table.numel(), layout.hidden_size),
@@ -149,7 +151,7 @@ class CpuBackend:
             *(ACTIVATIONS[activation], weight_on_input),
             None if contributions is None else contributions.data_ptr(),
             None if sums is None else sums.data_ptr(),
-            None if biases is None else biases.data_ptr(),
+            None if added is None else added.data_ptr(),
         )
         if not self._library.routed_experts(call, torch.get_num_threads()):
             wrong = [e for e in ids.flatten().tolist() if not 0 <= e < table.numel()]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.errors import QuantError
 from quant.layout import ExpertLayout
 from quant.tensor import QuantizedWeight
 
@@ -47,7 +46,6 @@ class TritonBackend:
         biases: Tensor | None = None,
     ) -> Tensor:
         """Every choice as a token with one choice: then sums are contributions."""
-        _refuse_unknown(activation, biases)
         num_choices = topk_ids.shape[1]
         out = hidden.new_zeros(topk_ids.numel(), hidden.shape[1], dtype=torch.float32)  # [T * k, H]
         self.add_routed_experts(
@@ -60,6 +58,7 @@ class TritonBackend:
             activation=activation,
             weight_on_input=weight_on_input,
             span=span,
+            biases=biases,
         )
         return out.view(-1, num_choices, hidden.shape[1])
 
@@ -77,7 +76,6 @@ class TritonBackend:
         span: tuple[int, int],
         biases: Tensor | None = None,
     ) -> None:
-        _refuse_unknown(activation, biases)
         few = topk_ids.shape[0] <= DECODE_TOKENS
         _kernels("experts" if few else "grouped").add_routed_experts(
             out,
@@ -89,18 +87,11 @@ class TritonBackend:
             activation=activation,
             weight_on_input=weight_on_input,
             span=span,
+            biases=biases,
         )
 
     def add_contributions(self, out: Tensor, contributions: Tensor, topk_ids: Tensor) -> None:
         out += contributions.sum(dim=1)
-
-
-def _refuse_unknown(activation: str, biases: Tensor | None) -> None:
-    if activation != "silu" or biases is not None:
-        raise QuantError(
-            f"the kernels `triton` know neither biases of experts nor `{activation}` as activation",
-            "compute on the processor with `--device cpu`, or with `--kernels torch`",
-        )
 
 
 def _kernels(name: str) -> Any:

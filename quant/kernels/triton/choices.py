@@ -1,18 +1,25 @@
 """Knows what the kernels of routed experts share, for few tokens and for many: an expert's bytes,
-and how the contributions of a token's choices add up.
+what stands between its projections, and how the contributions of a token's choices add up.
 
-Legend: T tokens, k choices a token, N = T * k choices, E experts, H hidden.
+Legend: T tokens, k choices a token, N = T * k choices, E experts, H hidden, I intermediate.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.experts import SWIGLU_ALPHA, SWIGLU_LIMIT, inner_of
 from quant.kernels.triton.card import OPTIONS
 from quant.layout import ExpertLayout
 
+_ALPHA, _LIMIT = tl.constexpr(SWIGLU_ALPHA), tl.constexpr(SWIGLU_LIMIT)
 _NUMBERS = 2048  # of a tile: as many as a warp keeps in its registers
 _COLUMNS = 256  # of a tile, at most
+
+
+def biased(biases: Tensor | None, hidden_size: int) -> int:
+    """What kernels must know of biases [E, 2 I + H]: I; 0 where there are none."""
+    return 0 if biases is None else inner_of(biases, hidden_size)
 
 
 def bytes_of(layout: ExpertLayout) -> dict[str, int]:
@@ -46,6 +53,36 @@ def add_choices(
         num_warps=1,
         **OPTIONS,
     )
+
+
+@triton.jit
+def activated(gate, up, ACTIVATION: tl.constexpr):
+    """What goes into down, of fp32 products with gate and with up; see quant.kernels.experts."""
+    if ACTIVATION == "clamped_swiglu":
+        # Comparisons let through what is no number, as torch's clamp does; minimum would hide it.
+        gate = tl.where(gate > _LIMIT, _LIMIT, gate)
+        up = tl.where(up > _LIMIT, _LIMIT, up)
+        up = tl.where(up < -_LIMIT, -_LIMIT, up)
+        value = (up + 1.0) * gate / (1.0 + tl.exp(gate * -_ALPHA))
+    else:
+        tl.static_assert(ACTIVATION == "silu", "an activation that kernels do not know")
+        value = gate / (1.0 + tl.exp(-gate)) * up
+    return value
+
+
+@triton.jit
+def bias_at(
+    biases,  # fp32 [E, 2 I + H]
+    expert,
+    row,
+    inside,
+    PART: tl.constexpr,  # 0: of gate; 1: of up; 2: of down
+    HIDDEN: tl.constexpr,
+    BIASED: tl.constexpr,  # I
+):
+    """What is added to these rows of a projection's product, whichever of them count."""
+    start = expert.to(tl.int64) * (2 * BIASED + HIDDEN) + PART * BIASED
+    return tl.load(biases + start + row, inside, other=0.0)
 
 
 @triton.jit

@@ -12,18 +12,24 @@ lies side by side, and codes need not be interleaved.
 Partial sums meet in one fixed order, so a result does not depend on timing.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quant.kernels.triton.card import OPTIONS, card_of
-from quant.kernels.triton.choices import add_choices, bytes_of
+from quant.kernels.triton.choices import activated, add_choices, bias_at, biased, bytes_of
 from quant.kernels.triton.codes import load_groups, signed_code, sum_groups, weight_at
 from quant.kernels.triton.linear import planes_of
 from quant.layout import ExpertLayout
 from quant.scheme import WORD_BITS, QuantScheme
 
+# ids int64 [T, k], weights [T, k], addresses int64 [E], biases fp32 [E, 2 I + H] (or anything where
+# there are none): what both kernels know of choices and experts.
+_Table = tuple[Tensor, Tensor, Tensor, Tensor]
 _TILE_WORDS = 128  # of a row: 16 bytes for each of 32 threads
 # Rows of a tile; of gate, as many of up come with them. With more, registers leave fewer warps on a
 # processor. In the interpreter a program costs what its instructions do, however long a tile is.
@@ -41,33 +47,35 @@ def add_routed_experts(
     activation: str,
     weight_on_input: bool,
     span: tuple[int, int],
+    biases: Tensor | None = None,  # fp32 [E, 2 I + H]
 ) -> None:
     """out += what the choices contribute whose experts are here; two or three launches, no sync."""
-    assert activation == "silu", f"no kernel knows the activation {activation}"
     if topk_ids.numel() == 0:
         return
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     x = planes_of(hidden, layout.scheme.bits, torch.float32)  # [T, N, H / N]
-    act = _activations(x, ids, weights, addresses, layout, weight_on_input, span)  # [C, N, S / N]
+    table = (ids, weights, addresses, addresses if biases is None else biases)
+    options = {"WEIGHT_ON_INPUT": weight_on_input, "BIASED": biased(biases, layout.hidden_size)}
+    act = _activations(x, table, layout, span, options | {"ACTIVATION": activation})
     if ids.shape[1] == 1:
-        _down(out, act, ids, addresses, layout, span)
+        _down(out, act, table, layout, span, options)
         return
     contributions = out.new_empty(ids.numel(), layout.hidden_size)  # [C, H]
-    _down(contributions, act, ids, addresses, layout, span)
+    _down(contributions, act, table, layout, span, options)
     add_choices(out, contributions, ids, addresses)
 
 
 def _activations(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    addresses: Tensor,
+    x: Tensor,  # fp32 [T, N, H / N]
+    table: _Table,
     layout: ExpertLayout,
-    weight_on_input: bool,
     span: tuple[int, int],
+    options: Mapping[str, Any],
 ) -> Tensor:
-    """silu(gate) * up of each choice, weighted: fp32 [C, N, S / N], undefined where not here."""
+    """What each choice's down is multiplied with, weighted: fp32 [C, N, S / N], undefined where
+    the expert is not here."""
     begin, end = span
+    ids = table[0]
     num_choices, num_codes = ids.numel(), x.shape[1]
     act = x.new_empty(num_choices, num_codes, (end - begin) // num_codes)
     num_rows = triton.cdiv(end - begin, _GATE_UP_ROWS)
@@ -76,14 +84,12 @@ def _activations(
     _gate_up_kernel[num_choices, num_rows](
         act,
         x,
-        ids,
-        weights,
-        addresses,
+        *table,
         TOP_K=ids.shape[1],
         HIDDEN=layout.hidden_size,
         BEGIN=begin,
         SPAN=end - begin,
-        WEIGHT_ON_INPUT=weight_on_input,
+        **options,
         ROWS=_GATE_UP_ROWS,
         GROUPS=groups,
         **bytes_of(layout),
@@ -96,28 +102,29 @@ def _activations(
 def _down(
     target: Tensor,  # fp32 [C, H]
     act: Tensor,
-    ids: Tensor,
-    addresses: Tensor,
+    table: _Table,
     layout: ExpertLayout,
     span: tuple[int, int],
+    options: Mapping[str, Any],
 ) -> None:
     """What each choice contributes: added to `target` where tokens have one, else written there.
 
     What stands for an expert that is not here stays as it is.
     """
     begin, end = span
+    ids = table[0]
     num_choices, num_rows = ids.numel(), triton.cdiv(layout.hidden_size, _DOWN_ROWS)
     warps, groups = _division(end - begin, layout.scheme, num_choices * num_rows, act.device)
     _down_kernel[num_choices, num_rows](
         target,
         act,
-        ids,
-        addresses,
+        *table,
         ADD=ids.shape[1] == 1,
         HIDDEN=layout.hidden_size,
         INTERMEDIATE=layout.intermediate_size,
         BEGIN=begin,
         SPAN=end - begin,
+        **options,
         ROWS=_DOWN_ROWS,
         GROUPS=groups,
         **bytes_of(layout),
@@ -144,11 +151,14 @@ def _gate_up_kernel(
     ids,  # int64 [C]
     weights,  # [C]
     addresses,  # int64 [E]
+    biases,  # fp32 [E, 2 I + H]
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     BEGIN: tl.constexpr,
     SPAN: tl.constexpr,
     WEIGHT_ON_INPUT: tl.constexpr,
+    BIASED: tl.constexpr,  # I of the biases; 0: there are none
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
@@ -161,7 +171,8 @@ def _gate_up_kernel(
     GROUP_WORDS: tl.constexpr = GROUP_SIZE // CODES
     ROW_GROUPS: tl.constexpr = HIDDEN // GROUP_SIZE
     choice = tl.program_id(0)
-    address = tl.load(addresses + tl.load(ids + choice))
+    expert = tl.load(ids + choice)
+    address = tl.load(addresses + expert)
     if address != 0:
         first = tl.program_id(1) * ROWS
         rows = tl.arange(0, ROWS)
@@ -199,14 +210,18 @@ def _gate_up_kernel(
         gate = tl.sum(gates, 1)  # [R]
         up = tl.sum(ups, 1)
         weight = tl.load(weights + choice).to(tl.float32)
+        row = first + rows
         if WEIGHT_ON_INPUT:
             gate *= weight
             up *= weight
-        else:  # of the output, which is linear in this
-            up *= weight
-        row = first + rows
+        if BIASED > 0:
+            begun, inside = BEGIN + row, row < SPAN
+            gate += bias_at(biases, expert, begun, inside, 0, HIDDEN, BIASED)
+            up += bias_at(biases, expert, begun, inside, 1, HIDDEN, BIASED)
+        value = activated(gate, up, ACTIVATION)
+        if not WEIGHT_ON_INPUT:  # of the output, which is linear in this
+            value *= weight
         place = row % CODES * (SPAN // CODES) + row // CODES
-        value = gate / (1.0 + tl.exp(-gate)) * up
         tl.store(act + choice.to(tl.int64) * SPAN + place, value, row < SPAN)
 
 
@@ -215,12 +230,16 @@ def _down_kernel(
     target,  # fp32 [C, H]
     act,  # fp32 [C, N, S / N]
     ids,  # int64 [C]
+    weights,  # [C]
     addresses,  # int64 [E]
+    biases,  # fp32 [E, 2 I + H]
     ADD: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     BEGIN: tl.constexpr,
     SPAN: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    BIASED: tl.constexpr,  # I of the biases; 0: there are none
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
@@ -233,7 +252,8 @@ def _down_kernel(
     GROUP_WORDS: tl.constexpr = GROUP_SIZE // CODES
     ROW_GROUPS: tl.constexpr = INTERMEDIATE // GROUP_SIZE
     choice = tl.program_id(0)
-    address = tl.load(addresses + tl.load(ids + choice))
+    expert = tl.load(ids + choice)
+    address = tl.load(addresses + expert)
     if address != 0:
         first = tl.program_id(1) * ROWS
         rows = tl.arange(0, ROWS)
@@ -265,6 +285,11 @@ def _down_kernel(
             sums += sum_groups(dot, GROUPS, GROUP_WORDS) * scale
         total = tl.sum(sums, 1)
         inside = first + rows < HIDDEN
+        if BIASED > 0 and BEGIN == 0:  # so that spans add up
+            bias = bias_at(biases, expert, first + rows, inside, 2, HIDDEN, BIASED)
+            if not WEIGHT_ON_INPUT:
+                bias *= tl.load(weights + choice).to(tl.float32)
+            total += bias
         target += choice.to(tl.int64) * HIDDEN + first
         if ADD:
             total += tl.load(target + rows, inside, other=0.0)

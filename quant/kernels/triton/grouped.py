@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.kernels.triton.card import OPTIONS
-from quant.kernels.triton.choices import add_choices, bytes_of
+from quant.kernels.triton.choices import activated, add_choices, bias_at, biased, bytes_of
 from quant.kernels.triton.codes import signed_code
 from quant.kernels.triton.linear import (
     BAND,
@@ -71,20 +71,28 @@ def add_routed_experts(
     activation: str,
     weight_on_input: bool,
     span: tuple[int, int],
+    biases: Tensor | None = None,  # fp32 [E, 2 I + H]
 ) -> None:
     """out += what the choices contribute whose expert is here.
 
     Weights are rounded to hidden's dtype, and so is what lies between gate, up and down, which for
     fp16 is bf16.
     """
-    assert activation == "silu", f"no kernel has the activation {activation}"
+    options = {"WEIGHT_ON_INPUT": weight_on_input, "BIASED": biased(biases, layout.hidden_size)}
+    of_expert = (addresses, addresses if biases is None else biases)
     tokens = _pass_tokens(topk_ids.shape[1], layout, hidden.itemsize)
     for start in range(0, topk_ids.shape[0], tokens):
         part = slice(start, start + tokens)
         _add_pass(
-            *(out[part], hidden[part], topk_ids[part], topk_weights[part], addresses, layout),
-            weight_on_input=weight_on_input,
-            span=span,
+            out[part],
+            hidden[part],
+            topk_ids[part],
+            topk_weights[part],
+            of_expert,
+            layout,
+            activation,
+            span,
+            options,
         )
 
 
@@ -93,30 +101,36 @@ def _add_pass(
     hidden: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    addresses: Tensor,
+    of_expert: tuple[Tensor, Tensor],  # addresses, and biases or anything where there are none
     layout: ExpertLayout,
-    *,
-    weight_on_input: bool,
+    activation: str,
     span: tuple[int, int],
+    known: dict[str, int],  # what both kernels are told of weights and biases
 ) -> None:
+    addresses = of_expert[0]
     top_k, num_experts = topk_ids.shape[1], addresses.numel()
     hidden_size, size, bits = layout.hidden_size, span[1] - span[0], layout.scheme.bits
-    ids, weights = topk_ids.flatten(), topk_weights.flatten()  # [N]
+    # One choice a token may lie with gaps, which flattening keeps.
+    ids, weights = (chosen.flatten().contiguous() for chosen in (topk_ids, topk_weights))  # [N]
     block_tokens = token_block(triton.cdiv(ids.numel(), num_experts), hidden)
     choices = _sort(ids, addresses, block_tokens)
     blocks = choices.expert.numel()
     act = hidden.new_empty(ids.numel(), size, dtype=_between(hidden.dtype))  # [N, C, S / C]
     contributions = out.new_empty(ids.numel(), hidden_size)  # fp32 [N, H], by choice
-    table = (choices.order, choices.ends, choices.expert, choices.start, addresses)
-    options = _constants(layout, span) | {
-        "NUM_EXPERTS": num_experts,
-        "BLOCK_TOKENS": block_tokens,
-        **OPTIONS,
-    }
+    table = (weights, choices.order, choices.ends, choices.expert, choices.start, *of_expert)
+    options = (
+        _constants(layout, span)
+        | known
+        | {
+            "NUM_EXPERTS": num_experts,
+            "BLOCK_TOKENS": block_tokens,
+            **OPTIONS,
+        }
+    )
     _gate_up_kernel[(banded(size) * blocks,)](
-        *(act, planes_of(hidden, bits, hidden.dtype), weights, *table, blocks),
+        *(act, planes_of(hidden, bits, hidden.dtype), *table, blocks),
         TOP_K=top_k,
-        WEIGHT_ON_INPUT=weight_on_input,
+        ACTIVATION=activation,
         WIDEN=widen(hidden.dtype),
         # Of 8-bit codes one tile less is on its way: with it, shared memory of 100 KiB, as most
         # cards have, would hold one program where the registers hold two.
@@ -205,9 +219,12 @@ def _gate_up_kernel(
     experts,  # int64 [B]
     starts,  # int64 [B]
     addresses,  # int64 [E]
+    biases,  # fp32 [E, 2 I + H]
     blocks,
     TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     WEIGHT_ON_INPUT: tl.constexpr,
+    BIASED: tl.constexpr,  # I of the biases; 0: there are none
     NUM_EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -259,10 +276,18 @@ def _gate_up_kernel(
                 gate = dot(signed_code(gate_packed, index, BITS) * gate_scale, part, gate, WIDEN)
                 up = dot(signed_code(up_packed, index, BITS) * up_scale, part, up, WIDEN)
         weight = tl.load(weights + choice, here, other=0.0).to(tl.float32)[None, :]
-        up *= weight
-        if WEIGHT_ON_INPUT:  # else it is the output's, which is linear in up
+        if WEIGHT_ON_INPUT:
             gate *= weight
-        value = gate / (1.0 + tl.exp(-gate)) * up
+            up *= weight
+        if BIASED > 0:
+            begun = BEGIN + row
+            of_gate = bias_at(biases, expert, begun, has_row, 0, HIDDEN, BIASED)
+            of_up = bias_at(biases, expert, begun, has_row, 1, HIDDEN, BIASED)
+            gate += of_gate[:, None]
+            up += of_up[:, None]
+        value = activated(gate, up, ACTIVATION)
+        if not WEIGHT_ON_INPUT:  # of the output, which is linear in this
+            value *= weight
         plane = row % CODES * (SPAN // CODES) + row // CODES
         tl.store(
             act + place[None, :] * SPAN + plane[:, None],
@@ -275,12 +300,16 @@ def _gate_up_kernel(
 def _down_kernel(
     contributions,  # fp32 [N, H], by choice
     act,  # [N, C, S / C], by place
+    weights,  # [N], by choice
     order,  # int64 [N]
     ends,  # int64 [E]
     experts,  # int64 [B]
     starts,  # int64 [B]
     addresses,  # int64 [E]
+    biases,  # fp32 [E, 2 I + H]
     blocks,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    BIASED: tl.constexpr,  # I of the biases; 0: there are none
     NUM_EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -316,6 +345,11 @@ def _down_kernel(
             *(BITS, GROUP_WORDS, BLOCK_TOKENS, BLOCK_ROWS, BLOCK_WORDS, WIDEN),
         )
         choice = tl.load(order + place, here, other=0)
+        if BIASED > 0 and BEGIN == 0:  # so that spans add up
+            bias = bias_at(biases, expert, row, has_row, 2, HIDDEN, BIASED)[:, None]
+            if not WEIGHT_ON_INPUT:
+                bias = bias * tl.load(weights + choice, here, other=0.0).to(tl.float32)[None, :]
+            total += bias
         tl.store(
             contributions + choice[None, :] * HIDDEN + row[:, None],
             total,
