@@ -230,7 +230,7 @@ class _Tile:
             square = torch.where(better, other_square, square)
         # A group of zeros has the scale 1.
         self.scale = _round_to_bf16(torch.where(square > 0, (dot / square) * unit, 1.0))
-        limit = (self.squares - gain / square) * 1.015625 + self.squares * 2.0**-15
+        limit = (self.squares - gain / square) * 1.0078125 + self.squares * 2.0**-16
         self._compare(plain, plain_error, limit)
 
     def _search_8(self) -> None:

@@ -16,6 +16,7 @@ from quant.errors import QuantError
 from quant.job import ConversionJob, ConversionResult
 from quant.journal import Journal
 from quant.manifest import MANIFEST_FILE
+from quant.quantize import REVISION
 
 # Every call that changes what is on disk, and so every border between two states of it.
 STEPS = ("write", "fsync", "ftruncate", "rename", "replace", "unlink", "mkdir")
@@ -252,6 +253,16 @@ def test_a_partial_of_another_job_is_not_touched(source: Checkpoint, tmp_path: P
         assert str(job.partial) in (caught.value.hint or "")
         assert tree_bytes(job.partial) == before
     convert(job)
+
+
+def test_what_another_quantizer_has_begun_is_not_taken_up(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = small_job(source, tmp_path / "out")
+    in_child(lambda: (kill_before_step(60, False), convert(job)))
+    monkeypatch.setattr("quant.job.REVISION", REVISION - 1)
+    with pytest.raises(QuantError, match="another conversion"):
+        convert(job)
 
 
 def test_the_same_names_with_other_weights_are_another_job(tmp_path: Path) -> None:

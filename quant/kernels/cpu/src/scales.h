@@ -208,8 +208,8 @@ struct Groups {
     const F best = Vec::mul(Vec::div(dot, square), unit);
     Vec::store(scale, Vec::where_less(Vec::zero(), square, best, Vec::repeat(1.0f)));
     for (int k = 0; k < L; ++k) scale[k] = round_to_bf16(scale[k]);
-    const F limit = Vec::add(Vec::mul(Vec::sub(all, Vec::div(gain, square)), Vec::repeat(1.015625f)),
-                             Vec::mul(all, Vec::repeat(0x1p-15f)));
+    const F limit = Vec::add(Vec::mul(Vec::sub(all, Vec::div(gain, square)), Vec::repeat(1.0078125f)),
+                             Vec::mul(all, Vec::repeat(0x1p-16f)));
     compare(plain, plain_error, limit);
   }
 
@@ -283,10 +283,11 @@ struct Groups {
       errors[k] = left[k] * (by * by);
       totals[k] = squares[k] * (unit * unit);
     }
+    int64_t row = first / s.row_groups, group = first % s.row_groups;
     for (int k = 0; k < count; ++k) {
-      const int64_t row = (first + k) / s.row_groups;
       s.row_errors[row] += errors[k];
       s.row_squares[row] += totals[k];
+      if (++group == s.row_groups) ++row, group = 0;
     }
   }
 
