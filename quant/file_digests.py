@@ -3,6 +3,7 @@ by a thread of its own, so that little is left to hash when the last unit is wri
 """
 
 import hashlib
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -20,6 +21,7 @@ class FileDigests:
         self._pool = ThreadPoolExecutor(1)
         self._going_on: Future[None] | None = None
         self._files: dict[int, _Front] = {}
+        self._given_up = threading.Event()
 
     def __enter__(self) -> "FileDigests":
         return self
@@ -30,6 +32,7 @@ class FileDigests:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._given_up.set()
         self._pool.shutdown(cancel_futures=True)
 
     def add(self, writer: ShardWriter, placed: PlacedUnit) -> None:
@@ -39,7 +42,7 @@ class FileDigests:
         """
         front = self._files.get(placed.shard)
         if front is None:
-            front = self._files[placed.shard] = _Front(writer)
+            front = self._files[placed.shard] = _Front(writer, self._given_up)
         front.add(placed)
         if front.waiting_nbytes >= _LOT_NBYTES and (
             self._going_on is None or self._going_on.done()
@@ -62,9 +65,10 @@ class FileDigests:
 class _Front:
     """How far a file is complete, and how far it is hashed."""
 
-    def __init__(self, writer: ShardWriter) -> None:
+    def __init__(self, writer: ShardWriter, given_up: threading.Event) -> None:
         self.digest = hashlib.sha256()
         self._writer = writer
+        self._given_up = given_up
         self._ends: dict[int, int] = {}  # of units behind one that is missing, by their number
         self._number = 0  # of the first unit that is missing
         self._complete = self._hashed = 0
@@ -82,7 +86,7 @@ class _Front:
     def catch_up(self) -> None:
         memory = memoryview(bytearray(_READ_NBYTES))
         with writing(self._writer.path):
-            while self._hashed < self._complete:
+            while self._hashed < self._complete and not self._given_up.is_set():
                 wanted = memory[: min(_READ_NBYTES, self._complete - self._hashed)]
                 count = self._writer.read_into(wanted, self._hashed)
                 assert count, f"`{self._writer.path}` is shorter than what was written to it"

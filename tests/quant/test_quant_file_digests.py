@@ -59,6 +59,17 @@ def test_little_is_left_for_the_end(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_who_stops_does_not_wait_for_hashes(tmp_path: Path) -> None:
+    (unit,) = placed_units(0, [20 << 20])
+    writer = ShardWriter(tmp_path / "file", 20 << 20)
+    fill(writer, unit)
+    with FileDigests() as digests:
+        digests._given_up.set()
+        digests.add(writer, unit)
+    assert digests._files[0]._hashed == 0
+    writer.close()
+
+
 def test_checksums_of_what_is_there(tmp_path: Path) -> None:
     content = random.Random(0).randbytes(700_000)
     writer = ShardWriter(tmp_path / "file", len(content))
