@@ -13,12 +13,14 @@
 using moecli::Linear;
 using moecli::Matrix;
 using moecli::MoeCall;
+using moecli::ScaleSearch;
 
 extern "C" const char* moecli_isa(int index);
 extern "C" const void* moecli_kernels(const char* name);
 extern "C" int moecli_linears(const void* kernels, const float* x, int64_t tokens,
                               const Linear* all, int count, int threads);
 extern "C" int moecli_routed_experts(const void* kernels, const MoeCall* call, int threads);
+extern "C" int moecli_search_scales(const void* kernels, const ScaleSearch* search, int threads);
 
 namespace {
 
@@ -137,10 +139,34 @@ void experts(const void* kernels, int bits, int group, int64_t tokens, Error& er
   }
 }
 
-// One line for each variant: its name and the relative errors of all products, and of all experts.
+// A number that follows from every bit of the codes and scales of a random weight.
+uint32_t searched(const void* kernels, int bits, int group) {
+  constexpr int64_t kRows = 19, kIn = 384;
+  const std::vector<int32_t> factors = {15000, 16000, 17000, 18000, 20000};
+  std::vector<float> x = normal(kRows * kIn);
+  for (float& value : x) value *= value * value;
+  std::vector<uint8_t> packed(size_t(kRows * kIn * bits / 8));
+  std::vector<uint16_t> scale(size_t(kRows * kIn / group));
+  std::vector<double> errors(kRows), squares(kRows);
+  ScaleSearch search = {};
+  search.weight = reinterpret_cast<const uint8_t*>(x.data()), search.type = moecli::kFloat32;
+  search.rows = kRows, search.row_groups = kIn / group, search.bits = bits, search.group = group;
+  search.factors = factors.data(), search.count = int(factors.size());
+  search.first_step = -2, search.end_step = 6;
+  search.packed = packed.data(), search.scale = scale.data();
+  search.row_errors = errors.data(), search.row_squares = squares.data();
+  uint32_t all = uint32_t(moecli_search_scales(kernels, &search, 1));
+  for (const uint8_t byte : packed) all = all * 31 + byte;
+  for (const uint16_t value : scale) all = all * 31 + value;
+  return all;
+}
+
+// One line for each variant: its name, the relative errors of all products, and of all experts, and
+// what the search for scales found.
 void report(const char* name) {
   const void* kernels = moecli_kernels(name);
   Error linear, layer;
+  uint32_t found = 0;
   source.seed(1);
   for (const int bits : {4, 8}) {
     for (const int group : {32, 64, 128}) {
@@ -150,9 +176,10 @@ void report(const char* name) {
       }
       product(kernels, {8, 2176, bits, group}, 1, linear);
       product(kernels, {41, 4224, bits, group}, 9, linear);
+      found = found * 31 + searched(kernels, bits, group);
     }
   }
-  std::printf("%s %.7f %.7f\n", name, linear.relative(), layer.relative());
+  std::printf("%s %.7f %.7f %u\n", name, linear.relative(), layer.relative(), found);
 }
 
 }  // namespace

@@ -34,22 +34,25 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def errors(program: Path, processor: str) -> dict[str, tuple[float, float]]:
-    """Of products and of layers of experts, by variant, fastest first."""
+def run(program: Path, processor: str) -> dict[str, tuple[float, float, int]]:
+    """Errors of products and of layers of experts, and what the search for scales found, as a
+    number; by variant, fastest first.
+    """
     command = [RUNNER, "-cpu", processor, "-L", SYSTEM, str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = (line.split() for line in done.stdout.splitlines())
-    return {name: (float(product), float(layer)) for name, product, layer in rows}
+    return {name: (float(one), float(two), int(found)) for name, one, two, found in rows}
 
 
 def test_every_variant_computes_what_plain_loops_do(program: Path) -> None:
-    found = errors(program, "max")
+    found = run(program, "max")
     assert list(found) == ["dotprod", "neon", "portable"]
-    for product, layer in found.values():
+    for product, layer, _ in found.values():
         assert 0 < product < 0.006  # of the length of a result: what 8-bit activations cost
         assert 0 < layer < 0.015
     assert found["dotprod"] == found["neon"], "the integers are the same"
+    assert len({scales for _, _, scales in found.values()}) == 1, "so are scales"
 
 
 def test_a_processor_without_dot_products_does_without_them(program: Path) -> None:
-    assert list(errors(program, "cortex-a53")) == ["neon", "portable"]
+    assert list(run(program, "cortex-a53")) == ["neon", "portable"]

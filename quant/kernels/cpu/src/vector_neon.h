@@ -65,6 +65,10 @@ struct Vec {
   static F max(F x, F y) {
     return {vbslq_f32(vcgtq_f32(x.a, y.a), x.a, y.a), vbslq_f32(vcgtq_f32(x.b, y.b), x.b, y.b)};
   }
+  static F where_less(F x, F y, F less, F other) {
+    return {vbslq_f32(vcltq_f32(x.a, y.a), less.a, other.a),
+            vbslq_f32(vcltq_f32(x.b, y.b), less.b, other.b)};
+  }
   static float sum(F x) { return vaddvq_f32(vaddq_f32(x.a, x.b)); }
   static F sums(const F (&x)[L]) {
     float out[L];
@@ -77,6 +81,10 @@ struct Vec {
     return {vreinterpretq_f32_u32(a), vreinterpretq_f32_u32(b)};
   }
   static I load_ints(const uint8_t* p) { return ints(load_bytes(p)); }
+  static void store_ints(int32_t* p, I x) {
+    vst1q_s32(p, x.a);
+    vst1q_s32(p + 4, x.b);
+  }
   static I repeat_int(const uint8_t* p) { return ints(repeat_4_bytes(p)); }
   static F to_float(I x) { return {vcvtq_f32_s32(x.a), vcvtq_f32_s32(x.b)}; }
   static I round(F x) { return {vcvtnq_s32_f32(x.a), vcvtnq_s32_f32(x.b)}; }
@@ -86,6 +94,52 @@ struct Vec {
       return vreinterpretq_u32_s32(vshlq_n_s32(vaddq_s32(e, bias), 23));
     };
     return floats(power(x.a), power(x.b));
+  }
+
+  // 16-bit integers, two a lane. A product is divided by 2^15, and rounded; an addition ends where
+  // 16 bits end.
+  template <class Function>
+  static I each_16(I x, I y, Function function) {
+    const auto one = [&](int32x4_t s, int32x4_t t) {
+      return vreinterpretq_s32_s16(function(vreinterpretq_s16_s32(s), vreinterpretq_s16_s32(t)));
+    };
+    return {one(x.a, y.a), one(x.b, y.b)};
+  }
+  static I pair(I low, I high) {
+    return {vsliq_n_s32(low.a, high.a, 16), vsliq_n_s32(low.b, high.b, 16)};
+  }
+  static I repeat_16(int value) {
+    const int32x4_t all = vreinterpretq_s32_s16(vdupq_n_s16(static_cast<int16_t>(value)));
+    return {all, all};
+  }
+  static I mul_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t s, int16x8_t t) { return vqrdmulhq_s16(s, t); });
+  }
+  static I add_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t s, int16x8_t t) { return vqaddq_s16(s, t); });
+  }
+  static I sub_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t s, int16x8_t t) { return vsubq_s16(s, t); });
+  }
+  static I min_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t s, int16x8_t t) { return vminq_s16(s, t); });
+  }
+  static I max_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t s, int16x8_t t) { return vmaxq_s16(s, t); });
+  }
+  static I and_bits(I x, I y) { return {vandq_s32(x.a, y.a), vandq_s32(x.b, y.b)}; }
+  template <int n>
+  static I shift_16(I x) {
+    return each_16(x, x, [](int16x8_t s, int16x8_t) { return vshrq_n_s16(s, n); });
+  }
+  // sum + the products of both
+  static I dot_16(I sum, I x, I y) {
+    const auto one = [](int32x4_t to, int32x4_t s, int32x4_t t) {
+      const int16x8_t p = vreinterpretq_s16_s32(s), q = vreinterpretq_s16_s32(t);
+      const int32x4_t low = vmull_s16(vget_low_s16(p), vget_low_s16(q));
+      return vaddq_s32(to, vpaddq_s32(low, vmull_high_s16(p, q)));
+    };
+    return {one(sum.a, x.a, y.a), one(sum.b, x.b, y.b)};
   }
 
   static float bf16(const uint8_t* p) {
