@@ -77,6 +77,7 @@ class Engine:
         usage_file: Path | None = None,
     ) -> None:
         self.path = checkpoint.path
+        self._notify, self._told_of_system = notify, False
         self.spec = read_facts(checkpoint.config)
         self._favourites = Favourites(usage_file, self.spec, notify)
         self.tokenizer = Tokenizer.open(self.path)
@@ -190,6 +191,7 @@ class Engine:
         What `session` holds is kept token by token where the text is the same: an answer would
         often be divided into other tokens when encoded anew, and then computed anew.
         """
+        messages = self._with_system(messages)
         pictures = [picture for message in messages for picture in message.get("images", ())]
         text = self.tokenizer.render(map(self._for_template, messages), add_generation_prompt=True)
         if pictures:
@@ -200,6 +202,19 @@ class Engine:
         """What divides the answer to this context into reasoning and the rest."""
         end = self.tokenizer.decode(token_ids[-_PROMPT_END:], skip_special=False)
         return self.tokenizer.markup.splitter(end)
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The system prompt where the template takes it: else before the first question."""
+        if messages[0]["role"] != "system" or self.tokenizer.takes_system:
+            return messages
+        if not self._told_of_system:
+            self._told_of_system = True
+            self._notify(
+                "the chat template of this model has no system role: the system prompt goes "
+                "before the first question"
+            )
+        system, first, *rest = messages
+        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
     def _for_template(self, message: Message) -> Message:
         """A message as chat templates take it: pictures first, reasoning as they want it."""

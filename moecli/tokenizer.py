@@ -5,6 +5,7 @@ Uses `tokenizers` and a sandboxed jinja2 directly: importing transformers takes 
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,16 @@ class Tokenizer:
                 "`moecli run --raw` takes the prompt as it is",
             )
         return self.template.render(list(messages), add_generation_prompt, **variables)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the chat template repeats a system message; some refuse or ignore it."""
+        mark = "a system message"
+        messages = [{"role": "system", "content": mark}, {"role": "user", "content": "a question"}]
+        try:
+            return mark in self.render(messages)
+        except MoecliError:
+            return False
 
     def detokenizer(self) -> "Detokenizer":
         return Detokenizer(self)

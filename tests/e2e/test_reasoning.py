@@ -13,6 +13,7 @@ from moecli import stepwise
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.conversion import quantize_model
 from moecli.engine import Engine
+from moecli.slash import run_command
 from moecli.talk import Talk
 from moecli.tokenizer import Tokenizer
 from quant.scheme import QuantScheme
@@ -217,3 +218,34 @@ def test_an_answer_stopped_in_its_thoughts_is_taken_back(
         talk.say("Hi")
         assert talk.conversation.turns == []
     assert "the question is taken back" in capfd.readouterr().err
+
+
+NO_SYSTEM = """
+{%- for message in messages %}
+    {%- if message.role == 'system' %}REFUSE{% endif %}
+    {{- '<|header_start|>' + message.role + '<|header_end|>' + message.content + '<|eot|>' }}
+{%- endfor %}
+"""
+
+
+@pytest.mark.parametrize(
+    "refusal", ["{{ raise_exception('no system role') }}", "{% continue %}", ""]
+)
+def test_a_system_prompt_reaches_a_model_whose_template_has_no_such_role(
+    tmp_path: Path, refusal: str
+) -> None:
+    source, out = tiny.write_checkpoint(tmp_path / "source"), tmp_path / "out"
+    tiny.write_tokenizer(source, template=NO_SYSTEM.replace("REFUSE", refusal))
+    quantize_model(source, out, QuantScheme(4, 32), QuantScheme(8, 32))
+    notes: list[str] = []
+    with Engine.open(out, EngineConfig(ctx=256), notify=notes.append) as engine:
+        talk = Talk(engine, SamplingConfig(0, max_tokens=2), None)
+        run_command(talk, "/system Be brief.")
+        talk.conversation.ask("Hi")
+        for _ in range(2):
+            ids = engine.encode_chat(talk.conversation.messages, talk.session)
+        prompt = engine.tokenizer.decode(ids, skip_special=False)
+    merged = "<|header_start|>user<|header_end|>Be brief.\n\nHi<|eot|>"
+    system = "<|header_start|>system<|header_end|>Be brief.<|eot|>"
+    assert prompt == (merged if refusal else system + merged.replace("Be brief.\n\n", ""))
+    assert sum("no system role" in note for note in notes) == bool(refusal)
