@@ -3,14 +3,14 @@
     python benchmarks/step_overhead.py [--threads N] [--position P] [--json FILE]
 
 A model of random weights with the shapes of Qwen3-30B-A3B's layers, all experts resident, experts
-INT4 in groups of 32 and the rest INT8 in groups of 128. In each round every layer of a step is
-timed, then every layer of the same step with products that do nothing, then how fast memory is read
-by as many threads. Two answers, for the median layer and for the fastest tenth of them, which is
-what a busy machine lets through:
+INT4 in groups of 32 and the rest INT8 in groups of 128. In each round a step is timed; the same
+step with products that do nothing, so that only the KV cache is read; such a step in which every
+layer asks for its experts, as it must where these come and go; such a step through plain PyTorch;
+and how fast memory is read by as many threads. Two answers, for the median step and for the fastest
+tenth of them, which is what a busy machine lets through:
 
-- `rest_share`: what is left of a layer when its bytes are divided by the memory's bandwidth.
-- `overhead_share`: a layer whose products do nothing, so that only the KV cache is read, as a part
-  of a whole one.
+- `rest_share`: what is left of a step when its bytes are divided by the memory's bandwidth.
+- `overhead_share`: a step whose products do nothing, as a part of a whole one.
 
 Times are in microseconds.
 """
@@ -35,7 +35,6 @@ from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch
 from moecli.models.config import DenseTensor, ModelSpec
 from moecli.models.decoder import Decoder
-from moecli.models.provider import Ready
 from moecli.sampler import new_generator, sample
 from offload.bandwidth import measure_ram
 from offload.disk import DiskTier, ExpertSpan
@@ -78,17 +77,17 @@ ROWS_MATMUL, FLOAT_MATMUL, TABLE = 4, 16, 22
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer, at one quantile of speed."""
+class Step:
+    """Steps of one token at one quantile of speed, each number by itself."""
 
-    layer_us: float
+    step_us: float
     bandwidth_gb_s: float
     rest_share: float
     overhead_us: float  # with products that do nothing; of which:
-    overhead_attention_us: float  # norms, attention over the cache, the choice of experts
-    overhead_experts_us: float  # bookkeeping, activations and their quantization
+    overhead_compiled_us: float  # in the compiled call; the rest is Python's
     overhead_share: float
-    plain_overhead_us: float  # as overhead_us, layer by layer through plain PyTorch
+    asking_overhead_us: float  # as overhead_us, where every layer asks for its experts
+    plain_overhead_us: float  # as overhead_us, through plain PyTorch
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,12 @@ class Report:
     layers: int
     position: int
     rounds: int
-    layer_nbytes: int  # of weights, a layer reads
-    median: Layer
-    fast: Layer  # the fastest tenth, of each number by itself
-    step_rest_us: float  # what a token costs beside the layers and the head's product, least
+    step_nbytes: int  # of weights, a step reads
+    median: Step
+    fast: Step  # the fastest tenth
     draw_greedy_us: float  # drawing from VOCABULARY logits, least
-    draw_top_us: float  # with temperature 0.7, top-k 20 and top-p 0.95
+    draw_all_us: float  # with temperature 0.7 alone
+    draw_top_us: float  # with top-k 20 and top-p 0.95 too
 
 
 class Model:
@@ -147,12 +146,12 @@ class Model:
         return (torch.randn(tensor.shape) * tensor.shape[-1] ** -0.5).bfloat16()
 
     @property
-    def layer_nbytes(self) -> int:
-        """Bytes of weights that a layer reads."""
-        total = self.spec.experts_per_token * self.layout.nbytes
+    def step_nbytes(self) -> int:
+        """Bytes of weights that a step reads, one row of the embedding left out."""
+        total = len(self.spec.moe_layers) * self.spec.experts_per_token * self.layout.nbytes
         for tensor in self.spec.dense_tensors:
-            if tensor.name.startswith("layers.0."):
-                scales = tensor.numel // DENSE.group_size * 2
+            scales = tensor.numel // DENSE.group_size * 2
+            if tensor.name != "embed_tokens":
                 total += tensor.numel + scales if tensor.linear else 2 * tensor.numel
         return total
 
@@ -167,15 +166,21 @@ def _quantized(rows: int, columns: int, scheme: QuantScheme, seed: int) -> Quant
 
 @contextmanager
 def no_products() -> Iterator[None]:
-    """The compiled kernels, with products that do nothing: results are what memory held before."""
+    """The compiled kernels, with products that do nothing: results are what memory held before.
+
+    Much of that is denormal, on which a processor would spend its time: it is taken for zero, by
+    this thread at least.
+    """
     kernels, idle = library(), ctypes.CDLL(None).abs  # returns at once, whatever it is called with
     before = kernels._kernels
     table = (ctypes.c_void_p * TABLE).from_buffer_copy(ctypes.string_at(before.value, 8 * TABLE))
     table[ROWS_MATMUL] = table[FLOAT_MATMUL] = ctypes.cast(idle, ctypes.c_void_p)
     kernels._kernels = ctypes.c_void_p(ctypes.addressof(table))
+    torch.set_flush_denormal(True)
     try:
         yield
     finally:
+        torch.set_flush_denormal(False)
         kernels._kernels = before
 
 
@@ -186,49 +191,47 @@ def us(task: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - begin) / repeats * 1e6
 
 
-class Clock:
-    """Times every layer of a decoder's steps, and what of it its experts took."""
+class Compiled:
+    """Adds up what the compiled call of a model's steps takes."""
 
     def __init__(self, model: Model) -> None:
-        self.layers: list[float] = []
-        self.experts: list[float] = []
-        self._decoder = model.decoder
-        self._begin = model.provider.begin
-        # The engine knows nothing of clocks: what is timed is put in its places from here.
-        model.provider.begin = self._timed_begin  # type: ignore[method-assign]
+        self._spent = 0.0
         few = model.decoder._few_tokens()
         assert few is not None, "the compiled kernels do not compute here"
-        few._layers = [self._timed(layer) for layer in few._layers]  # type: ignore[misc]
+        step = few._library.step
 
-    @contextmanager
-    def plain(self) -> Iterator[None]:
-        """Layers as plain PyTorch has them, which nobody times one by one."""
-        self._decoder._few_tokens = lambda: None  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del self._decoder._few_tokens
-
-    def _timed(self, layer: Any) -> Any:
-        def call(*arguments: Any) -> Tensor:
+        def timed(*arguments: Any) -> int:
             begin = time.perf_counter()
-            out: Tensor = layer(*arguments)
-            self.layers.append((time.perf_counter() - begin) * 1e6)
-            return out
+            layer = step(*arguments)
+            self._spent += (time.perf_counter() - begin) * 1e6
+            return layer
 
-        call.call = layer.call  # type: ignore[attr-defined]
-        return call
+        # The engine knows nothing of clocks: what is timed is put in its place from here.
+        few._library.step = timed  # type: ignore[method-assign]
 
-    def _timed_begin(self, *arguments: Any) -> Ready:
-        begin = time.perf_counter()
-        result = self._begin(*arguments).result()  # these models share no expert: nothing waits
-        self.experts.append((time.perf_counter() - begin) * 1e6)
-        return Ready(result)
+    def take(self) -> float:
+        spent, self._spent = self._spent, 0.0
+        return spent
 
-    def take(self) -> tuple[list[float], list[float]]:
-        taken = self.layers, self.experts
-        self.layers, self.experts = [], []
-        return taken
+
+@contextmanager
+def asking(model: Model) -> Iterator[None]:
+    """Experts that may go, as far as the decoder knows."""
+    model.provider.resident = lambda layer: None  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del model.provider.resident
+
+
+@contextmanager
+def plain(model: Model) -> Iterator[None]:
+    """Steps as plain PyTorch has them."""
+    model.decoder._few_tokens = lambda: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.decoder._few_tokens
 
 
 def draw_us(sampling: SamplingConfig) -> float:
@@ -240,6 +243,32 @@ def quantile(values: list[float], part: float) -> float:
     return sorted(values)[int(part * (len(values) - 1))]
 
 
+class Times:
+    """What was measured, round by round."""
+
+    def __init__(self) -> None:
+        self.whole: list[float] = []
+        self.idle: list[float] = []
+        self.compiled: list[float] = []
+        self.asking: list[float] = []
+        self.plain: list[float] = []
+        self.bandwidths: list[float] = []  # GB/s
+
+    def at(self, part: float, nbytes: int) -> Step:
+        step_us, overhead = quantile(self.whole, part), quantile(self.idle, part)
+        bandwidth = quantile(self.bandwidths, 1 - part)
+        return Step(
+            step_us=step_us,
+            bandwidth_gb_s=bandwidth,
+            rest_share=1 - nbytes / (bandwidth * 1e3) / step_us,
+            overhead_us=overhead,
+            overhead_compiled_us=quantile(self.compiled, part),
+            overhead_share=overhead / step_us,
+            asking_overhead_us=quantile(self.asking, part),
+            plain_overhead_us=quantile(self.plain, part),
+        )
+
+
 def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -248,43 +277,26 @@ def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
     vocabulary = model.spec.vocab_size
     prompt = torch.randint(0, vocabulary, (position,))
     model.decoder.forward(Batch.of(prompt, model.cache))
-    clock = Clock(model)
+    compiled, times = Compiled(model), Times()
 
     def step() -> None:
         token = torch.randint(0, vocabulary, (1,))
         model.decoder.forward(Batch.of(token, model.cache))
         model.cache.truncate(position)
 
-    whole, idle, idle_experts, rests, plain, bandwidths = [], [], [], [], [], []
     for _ in range(rounds):
         step()
-        whole += clock.take()[0]
+        times.whole.append(us(step))
         with no_products():
             for _ in range(3):
-                took = us(step)
-                some, experts = clock.take()
-                rests.append(took - sum(some))
-                idle += some
-                idle_experts += experts
-                with clock.plain():
-                    plain.append((us(step) - rests[-1]) / layers)
-        bandwidths += [(measure_ram(threads, READ_NBYTES) or 0.0) / 1e9 for _ in range(3)]
-    nbytes = model.layer_nbytes
-
-    def at(part: float) -> Layer:
-        layer_us, overhead = quantile(whole, part), quantile(idle, part)
-        bandwidth, experts = quantile(bandwidths, 1 - part), quantile(idle_experts, part)
-        return Layer(
-            layer_us=layer_us,
-            bandwidth_gb_s=bandwidth,
-            rest_share=1 - nbytes / (bandwidth * 1e3) / layer_us,
-            overhead_us=overhead,
-            overhead_attention_us=overhead - experts,
-            overhead_experts_us=experts,
-            overhead_share=overhead / layer_us,
-            plain_overhead_us=quantile(plain, part),
-        )
-
+                compiled.take()
+                times.idle.append(us(step))
+                times.compiled.append(compiled.take())
+                with asking(model):
+                    times.asking.append(us(step))
+                with plain(model):
+                    times.plain.append(us(step))
+        times.bandwidths += [(measure_ram(threads, READ_NBYTES) or 0.0) / 1e9 for _ in range(3)]
     model.manager.close()
     return Report(
         isa=ops.cpu_isa(),
@@ -292,11 +304,11 @@ def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
         layers=layers,
         position=position,
         rounds=rounds,
-        layer_nbytes=nbytes,
-        median=at(0.5),
-        fast=at(0.1),
-        step_rest_us=min(rests),
+        step_nbytes=model.step_nbytes,
+        median=times.at(0.5, model.step_nbytes),
+        fast=times.at(0.1, model.step_nbytes),
         draw_greedy_us=draw_us(SamplingConfig(temperature=0)),
+        draw_all_us=draw_us(SamplingConfig(temperature=0.7)),
         draw_top_us=draw_us(SamplingConfig(temperature=0.7, top_k=20, top_p=0.95)),
     )
 
@@ -309,7 +321,7 @@ def rounded(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--position", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=100)

@@ -161,6 +161,9 @@ def test_a_forward_that_dies_leaves_a_usable_cache():
         def begin(self, *_):
             raise RuntimeError("no such expert")
 
+        def resident(self, _):
+            return None
+
     block.experts = Failing()
     with pytest.raises(RuntimeError):
         decoder.forward(Batch.of(ids[13:20], cache))
@@ -187,6 +190,9 @@ class Recorder:
     def prefetch(self, layer, topk_ids):
         assert layer not in self.chosen, "a guess after the fact"
         self.guessed[layer] = topk_ids
+
+    def resident(self, layer):
+        return None
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,9 @@ class StackedExperts:
     def prefetch(self, layer, topk_ids):
         raise AssertionError("a captured step cannot guess")
 
+    def resident(self, layer):
+        return None
+
 
 def decoder(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
     family, changes = VARIANTS[name]

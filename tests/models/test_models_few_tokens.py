@@ -266,6 +266,29 @@ def test_several_sequences_each_with_its_own_position(isa: str) -> None:
         assert_equal(results[1], results[0])
 
 
+@torch.inference_mode()
+def test_logits_of_the_rows_that_are_wanted(isa: str) -> None:
+    """Of each sequence's last token; with a head that is read, and one that is not."""
+    for head in ("read", "of_bitsandbytes"):
+        spec = replace(SPEC, tie_word_embeddings=False)
+        weights: dict[str, Any] = random_weights(spec)
+        if head == "of_bitsandbytes":
+            weights["lm_head"] = BnbWeight.of(weights["lm_head"], "nf4", "cpu")
+        decoder = decoder_of(spec, weights)
+        few = compiled(isa, decoder)
+        caches = [[new_cache(spec, 8) for _ in range(3)] for _ in range(2)]
+        plain, ours = (
+            Batch(
+                ids(6), tuple(SequenceSlice(c, 0, n) for c, n in zip(way, (3, 2, 1), strict=True))
+            )
+            for way in caches
+        )
+        for cache, count in zip(caches[1], (3, 2, 1), strict=True):
+            cache.begin(0, count)
+        found = few.logits(decoder.embedding(ours.token_ids), decoder.make_step(ours))
+        assert_equal(found, decoder.forward(plain))
+
+
 @pytest.mark.parametrize("case", ["as_qwen3", "as_llama4", "groups_of_5"])
 def test_a_token_depends_on_neither_threads_nor_company(isa: str, case: str) -> None:
     spec, sizes = CASES[case], [8, 8, 4]
@@ -307,10 +330,30 @@ def test_quantized_weights(isa: str, scheme: str, width: int) -> None:
         name: dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
         for name, weight in weights.items()
     }
-    sizes = [1, 7, 1, 3]
-    expected = in_pieces(decoder_of(spec, plain), new_cache(spec, 12), sizes, None)
-    found = in_pieces(decoder, new_cache(spec, 12), sizes, compiled(isa, decoder))
+    sizes = [1, 7, 1, 3, 4, 8, 2, 6]
+    expected = in_pieces(decoder_of(spec, plain), new_cache(spec, 32), sizes, None)
+    found = in_pieces(decoder, new_cache(spec, 32), sizes, compiled(isa, decoder))
     assert (found - expected).norm() <= 0.03 * expected.norm()
+
+
+def test_quantized_weights_give_the_same_with_any_threads(isa: str) -> None:
+    """Rows as they lie, of one token and two, and turned rows, of three to eight."""
+    spec = replace(CHUNKED, hidden_size=160, head_dim=32, shared_intermediate_size=160)
+    weights: dict[str, Any] = random_weights(spec)
+    for index, tensor in enumerate(spec.dense_tensors):
+        if tensor.linear:
+            weights[tensor.name] = random_weight(*tensor.shape, QuantScheme(4, 32), seed=index)
+    decoder = decoder_of(spec, weights, NoExperts())
+    few, threads, sizes = compiled(isa, decoder), torch.get_num_threads(), [1, 7, 2, 3, 3, 8, 5]
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(in_pieces(decoder, new_cache(spec, 29), sizes, few))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,7 +5,8 @@
 
 namespace moecli {
 
-constexpr int kFew = 5;
+// From three on turned rows are faster, from memory as in cache, with every instruction set of x86.
+constexpr int kFew = 2;
 
 inline bool is_few(int64_t tokens) { return tokens <= kFew; }
 

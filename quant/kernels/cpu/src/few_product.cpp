@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "pool.h"
+
 namespace moecli {
 namespace {
 
@@ -13,8 +15,12 @@ int64_t parts(int64_t all, int64_t part) { return (all + part - 1) / part; }
 
 }  // namespace
 
+int64_t FewProduct::codes_nbytes() const {
+  if (!count || !weights[0].quantized()) return 0;
+  return turned() ? blocks_nbytes(k, in(), static_cast<int>(tokens)) : tokens * stride();
+}
+
 int64_t FewProduct::stride() const {
-  if (!weights[0].quantized()) return 0;
   return parts(k.rows_nbytes(in(), weights[0].matrix.bits), 64) * 64;
 }
 
@@ -26,6 +32,17 @@ void FewProduct::quantize(int64_t item) const {
   const int64_t each = parts(in(), kWidth), t = item / each, begin = item % each * kWidth;
   const int64_t some = std::min(kWidth, in() - begin);
   const int bits = weights[0].matrix.bits;
+  if (turned()) {
+    const Blocks blocks(static_cast<int>(tokens), k.block);
+    int b = 0;
+    uint8_t* block = codes;
+    for (; t >= blocks.first(b) + blocks.size(b); ++b) block += k.block_nbytes(in(), blocks.size(b));
+    uint8_t* plain = thread_scratch(k.plain_nbytes(in()));
+    k.plain_quantize(x + t * in() + begin, begin, some, bits, plain, in());
+    k.block_insert(plain, in(), begin / 32, some / 32, 1.0f, static_cast<int>(t) - blocks.first(b),
+                   blocks.size(b), block);
+    return;
+  }
   uint8_t* out = codes + t * stride();
   k.rows_quantize(x + t * in() + begin, 1.0f, begin, some, bits, out);
   if (begin + some == in()) k.rows_pad(in(), bits, out);
@@ -58,8 +75,11 @@ const uint8_t* FewProduct::read_by(int64_t item) const {
 void FewProduct::rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld,
                       const uint8_t* next) const {
   const int n = static_cast<int>(tokens);
-  if (weight.quantized()) {
-    const uint8_t* tokens_at[kMostTokens];
+  if (turned()) {
+    uint8_t* scratch = thread_scratch(k.tiles_scratch(in(), weight.matrix.bits));
+    k.tiles_matmul(weight.matrix, row, some, codes, n, out, ld, scratch, next);
+  } else if (weight.quantized()) {
+    const uint8_t* tokens_at[kFew];
     for (int t = 0; t < n; ++t) tokens_at[t] = codes + t * stride();
     k.rows_matmul(weight.matrix, row, some, tokens_at, n, out, ld, next);
   } else {

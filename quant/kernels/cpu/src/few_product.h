@@ -2,7 +2,7 @@
 // quantized, where a weight is, then rows are multiplied.
 #pragma once
 
-#include "types.h"
+#include "few.h"
 
 namespace moecli {
 
@@ -18,7 +18,8 @@ struct Weight {
   bool quantized() const { return type == kQuantized; }
 };
 
-// Weights of one input x [T, in]: all quantized with equal bits, or all of floats.
+// Weights of one input x [T, in]: all quantized with equal bits, or all of floats. Of some tokens
+// more than `kFew` rows of codes are turned, as in tiles.h, which is faster then.
 struct FewProduct {
   static constexpr int kMost = 3;
 
@@ -28,7 +29,7 @@ struct FewProduct {
   Weight weights[kMost];
   float* outs[kMost];  // [T, rows] each
   int count = 0;
-  uint8_t* codes = nullptr;          // codes_nbytes()
+  uint8_t* codes = nullptr;          // codes_nbytes(); of tokens one by one, or of blocks
   int threads;                       // that take the items
   const FewProduct* then = nullptr;  // whose weights are read after these
 
@@ -40,7 +41,7 @@ struct FewProduct {
   }
 
   int64_t in() const { return weights[0].matrix.in; }
-  int64_t codes_nbytes() const { return count ? tokens * stride() : 0; }
+  int64_t codes_nbytes() const;
   int64_t quantize_items() const;
   void quantize(int64_t item) const;
   int64_t multiply_items() const;
@@ -52,6 +53,7 @@ struct FewProduct {
   const uint8_t* read_by(int64_t item) const;
 
  private:
+  bool turned() const { return weights[0].quantized() && !is_few(tokens); }
   int64_t stride() const;
 };
 

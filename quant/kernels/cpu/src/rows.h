@@ -204,30 +204,11 @@ void rows_micro(const Rows& rows, const uint8_t* const* tokens, int64_t from, bo
   }
 }
 
-// As many tokens at once as the registers hold.
-constexpr int kMostTokens = Vec::L == 16 ? 3 : 2;
-
-template <int bits, int group, int R>
-void rows_tokens(const Rows& rows, const uint8_t* const* x, int n, int64_t from, bool add,
-                 float* out, int64_t ld) {
-  while (n) {
-    const int some = n <= kMostTokens ? n : n == 4 ? 2 : kMostTokens;
-    switch (some) {
-      case 1: rows_micro<bits, group, R, 1>(rows, x, from, add, out, ld); break;
-      case 2: rows_micro<bits, group, R, 2>(rows, x, from, add, out, ld); break;
-      default: rows_micro<bits, group, R, kMostTokens>(rows, x, from, add, out, ld);
-    }
-    n -= some;
-    x += some;
-    out += some * ld;
-  }
-}
-
-// Several tokens: R rows share their activations; of long rows a part at a time, so that the
-// activations of some tokens stay in the nearest cache.
+// Two tokens: R rows share their activations; of long rows a part at a time, so that these stay in
+// the nearest cache.
 template <int bits, int group>
-void rows_several(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
-                  float* out, int64_t ld, const uint8_t* next) {
+void rows_of_two(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, float* out,
+                 int64_t ld, const uint8_t* next) {
   constexpr int R = Vec::L == 16 ? 4 : 2;
   constexpr int64_t kPart = 2048;
   const int64_t part = m.in <= 2 * kPart ? m.in : kPart, end = row0 + rows;
@@ -241,10 +222,10 @@ void rows_several(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* co
     const uint8_t* after = last ? next : piece.packed + row0 * m.packed_stride + part * bits / 8;
     int64_t r = 0;
     for (; r + R <= rows; r += R) {
-      rows_tokens<bits, group, R>({piece, row0 + r, end, after}, x, n, from, add, out + r, ld);
+      rows_micro<bits, group, R, 2>({piece, row0 + r, end, after}, x, from, add, out + r, ld);
     }
     for (; r < rows; ++r) {
-      rows_tokens<bits, group, 1>({piece, row0 + r, end, after}, x, n, from, add, out + r, ld);
+      rows_micro<bits, group, 1, 2>({piece, row0 + r, end, after}, x, from, add, out + r, ld);
     }
   }
 }
@@ -253,7 +234,7 @@ void rows_several(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* co
 template <int bits, int group>
 void rows_of(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
              float* out, int64_t ld, const uint8_t* next) {
-  if (n > 1) return rows_several<bits, group>(m, row0, rows, x, n, out, ld, next);
+  if (n == 2) return rows_of_two<bits, group>(m, row0, rows, x, out, ld, next);
   for (int64_t r = 0; r < rows; ++r) {
     rows_micro<bits, group, 1, 1>({m, row0 + r, row0 + rows, next}, x, 0, false, out + r, ld);
   }

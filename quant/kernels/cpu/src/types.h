@@ -67,7 +67,7 @@ struct Kernels {
   // Elements begin..begin+count-1, both multiples of 32, of factor * x.
   void (*rows_quantize)(const float* x, float factor, int64_t begin, int64_t count, int bits,
                         uint8_t* out);
-  // out[t * ld + r] = row (row0 + r) of m times token t, for `rows` rows. `next`: the codes that
+  // out[t * ld + r] = row (row0 + r) of m times token t, for `rows` rows; n is 1 or 2. `next`: the codes that
   // this thread will probably read afterwards, fetched towards the end; or null.
   void (*rows_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
                       float* out, int64_t ld, const uint8_t* next);
