@@ -17,7 +17,7 @@ from moecli.favourites import Favourites
 from moecli.footprint import expert_layout
 from moecli.generation import Runtime, forward_together, generate
 from moecli.markup import Splitter
-from moecli.measuring import with_compute
+from moecli.measuring import largest_file, with_compute
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.facts import ModelFacts, read_facts
@@ -90,7 +90,9 @@ class Engine:
         if device is None:
             use_kernels(config.kernels, torch.device("cpu"))
             known = with_compute(
-                detect(self.path), checkpoint.layout, self.spec.experts_per_token, measure=False
+                *(detect(self.path), checkpoint.layout, self.spec.experts_per_token),
+                measure=False,
+                disk=largest_file(self.path),
             )
             self.plan = _plan(checkpoint, self.spec, self.ctx, config, known)
             self._parts = ProcessorParts(
