@@ -123,7 +123,7 @@ class Engine:
                 self._favourites,
                 progress,
             )
-        self.eye = _eye(checkpoint, self.spec, self.decoder)
+        self.eye = _eye(checkpoint, self.spec, self.decoder) if config.pictures else None
         self._runtime = Runtime(
             self.decoder,
             self.tokenizer,
@@ -238,7 +238,7 @@ class Engine:
             )
         prompt = Prompt(token_ids)
         if pictures:
-            assert self.eye is not None, "a picture for a model that sees none"
+            assert self.eye is not None, "a picture, and no room was kept for it"
             prompt = place(token_ids, pictures, self.eye.patch_token_id)
         return self._generate(session, prompt, sampling, cancelled)
 

@@ -67,10 +67,14 @@ def plan(
             "-q", "--scheme", metavar="NAME", help="Where MODEL is not quantized yet: int4 or int8."
         ),
     ] = "int4",
+    text_only: Annotated[
+        bool,
+        options.option("--text-only", help="Keep no room for looking at pictures, as `run`."),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     source = PlanSource.find(options.require_model(context, model, model_flag))
-    config = Settings.read(**given).engine_config()
+    config = replace(Settings.read(**given).engine_config(), pictures=not text_only)
     rates = {
         "ram_bw": _rate(ram_bw, "--ram-bw"),
         "host_bw": _rate(cpu_bw, "--cpu-bw"),
