@@ -34,10 +34,11 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # A hundred kills of a conversion from a hub, and its memory and disk at a larger size; a context of
-# 200,000 tokens: minutes each.
+# 200,000 tokens; a conversion of 45 GB, for which 15 GB of disk are needed: minutes each.
 soak: $(VENV)/.dev
 	MOECLI_SOAK=1 $(BIN)/pytest -s -o faulthandler_timeout=0 tests/hub/test_hub_kills.py \
 		tests/models/test_models_long_context.py
+	PYTHONPATH=. $(BIN)/python benchmarks/conversion_memory.py --work soak-out
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/quantizer_error.py --json benchmarks/results/quantizer_error.json

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from moecli.measuring import largest_file
 from offload.bandwidth import measure_disk
 from offload.hardware import Machine, detect
 from offload.measured import with_bandwidths
@@ -23,7 +24,8 @@ class BenchMachine:
         machine = detect(model, gpu=on_device)
         if on_device:
             machine = with_bandwidths(machine)
-        largest = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+        largest = largest_file(model)
+        assert largest is not None, "a model without weights"
         self._machine = replace(machine, disk_bw=measure_disk(largest).bytes_per_s)
         self._threads = threads
         self._ram_bws: list[float] = []

@@ -29,6 +29,7 @@ class EngineConfig:
     prefill_chunk: int = 512  # prompt tokens that go through the model at once
     keep_experts: bool = True  # False: every expert is read from disk each time it is chosen
     kernels: str = "auto"  # backend of quant.ops
+    pictures: bool = True  # whether a model that sees has room to look at them
 
     def __post_init__(self) -> None:
         for name in ("ctx", "threads", "prefill_chunk"):

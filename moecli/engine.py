@@ -17,7 +17,7 @@ from moecli.favourites import Favourites
 from moecli.footprint import expert_layout
 from moecli.generation import Runtime, forward_together, generate
 from moecli.markup import Splitter
-from moecli.measuring import with_compute
+from moecli.measuring import largest_file, with_compute
 from moecli.models.config import ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.facts import ModelFacts, read_facts
@@ -91,7 +91,9 @@ class Engine:
         if device is None:
             use_kernels(config.kernels, torch.device("cpu"))
             known = with_compute(
-                detect(self.path), checkpoint.layout, self.spec.experts_per_token, measure=False
+                *(detect(self.path), checkpoint.layout, self.spec.experts_per_token),
+                measure=False,
+                disk=largest_file(self.path),
             )
             self.plan = _plan(checkpoint, self.spec, self.ctx, config, known)
             self._parts = ProcessorParts(
@@ -122,7 +124,7 @@ class Engine:
                 self._favourites,
                 progress,
             )
-        self.eye = _eye(checkpoint, self.spec, self.decoder)
+        self.eye = _eye(checkpoint, self.spec, self.decoder) if config.pictures else None
         self._runtime = Runtime(
             self.decoder,
             self.tokenizer,
@@ -251,7 +253,7 @@ class Engine:
             )
         prompt = Prompt(token_ids)
         if pictures:
-            assert self.eye is not None, "a picture for a model that sees none"
+            assert self.eye is not None, "a picture, and no room was kept for it"
             prompt = place(token_ids, pictures, self.eye.patch_token_id)
         return self._generate(session, prompt, sampling, cancelled)
 

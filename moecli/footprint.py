@@ -152,6 +152,16 @@ def _expert_bias_nbytes(spec: Counted) -> int:
     return COMPUTE_ITEMSIZE * sum(found)
 
 
+def codes_nbytes(spec: Counted, tokens: int) -> int:
+    """Most bytes of activations as the processor's kernels take them, which they keep from call to
+    call: a byte a number and eight for the scales of 32, of every choice of `tokens` tokens before
+    and inside its expert, or of every token before the widest of the other linears.
+    """
+    choice = spec.experts_per_token * (spec.hidden_size + spec.expert_intermediate_size)
+    linears = (tensor.shape[1] for tensor in spec.dense_tensors if tensor.linear)
+    return tokens * max(choice, max(linears, default=0)) * 5 // 4
+
+
 def active_weights(spec: Counted) -> int:
     """Weights that a token of a prompt is multiplied with: the last one alone meets the head."""
     linears = sum(t.numel for t in spec.dense_tensors if t.linear and "lm_head" not in t.name)
@@ -182,7 +192,8 @@ def model_footprint(
         embedding_nbytes=embedding,
         kv_nbytes=kv_nbytes(spec, ctx, prefill_chunk, kv_dtype),
         workspace_nbytes=workspace_nbytes(spec, ctx, prefill_chunk)
-        + expanded_nbytes(spec, ctx, kv_dtype),
+        + expanded_nbytes(spec, ctx, kv_dtype)
+        + codes_nbytes(spec, min(prefill_chunk, ctx)),
         num_moe_layers=len(spec.moe_layers),
         num_experts=spec.num_experts,
         experts_per_token=spec.experts_per_token,

@@ -1,5 +1,7 @@
 """Knows how fast this machine computes experts: joins quant's ops and offload's measurements."""
 
+from pathlib import Path
+
 import torch
 
 from moecli import __version__
@@ -19,14 +21,29 @@ _BYTE = 0x3C  # makes small scales: nothing overflows
 
 
 def with_compute(
-    machine: Machine, layout: ExpertLayout, top_k: int, measure: bool = True, shared_by: int = 0
+    machine: Machine,
+    layout: ExpertLayout,
+    top_k: int,
+    measure: bool = True,
+    shared_by: int = 0,
+    disk: Path | None = None,
 ) -> Machine:
-    """`machine` with all bandwidths that it does not state, those of experts on the CPU too.
+    """`machine` with all bandwidths that it does not state, those of experts on the CPU too, and
+    that of the disk on which `disk` lies, a file or a directory that may be written to.
 
     Without `measure` only with those that were measured before. Takes torch's present number of
     threads. `shared_by`: see `expert_compute`.
     """
-    return with_bandwidths(machine, expert_compute(layout, top_k, shared_by), measure=measure)
+    host = expert_compute(layout, top_k, shared_by)
+    return with_bandwidths(machine, host, measure=measure, disk=disk)
+
+
+def largest_file(path: Path) -> Path | None:
+    """Of a model's directory, the file that its disk is measured with; None where none has weights.
+
+    Nothing is ever written there.
+    """
+    return max(path.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
 
 
 def expert_compute(layout: ExpertLayout, top_k: int, shared_by: int = 0) -> HostCompute:

@@ -16,7 +16,7 @@ from moecli.device_weights import DeviceWeights
 from moecli.errors import MoecliError
 from moecli.favourites import Favourites
 from moecli.graphs import captured, eager
-from moecli.measuring import with_compute
+from moecli.measuring import largest_file, with_compute
 from moecli.models.config import ModelSpec
 from moecli.models.facts import LibraryFacts
 from moecli.processor import KV_DTYPE
@@ -67,7 +67,8 @@ def device_machine(
     """What the machine has, and how fast it is: measured once, then remembered."""
     if config.device == SIMULATED:
         return detect(path)
-    return with_compute(detect(path, gpu=True), layout, spec.experts_per_token)
+    machine = detect(path, gpu=True)
+    return with_compute(machine, layout, spec.experts_per_token, disk=largest_file(path))
 
 
 def within_library(

@@ -99,6 +99,9 @@ def _plan(
     config: EngineConfig,
     machine: Machine,
 ) -> MemoryPlan:
+    if not config.pictures and isinstance(spec, ModelSpec):
+        spec = replace(spec, vision=None)
+
     def footprint_at(tokens: int) -> ModelFootprint:
         chunk, run_scheme = config.prefill_chunk, config.dense_scheme
         return model_footprint(spec, *schemes, tokens, chunk, run_scheme, config.kv_dtype)

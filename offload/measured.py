@@ -1,7 +1,7 @@
 """Knows the bandwidths of this machine: measured once, then kept in a file of the user's cache.
 
-An entry holds for one processor, graphics card, driver and size of memory. A file that cannot be
-read or written costs a measurement, never a failure. The disk is not kept: it depends on the path.
+An entry holds for one processor, graphics card, driver and size of memory, and in it the disks that
+were asked about. A file that cannot be read or written costs a measurement, never a failure.
 """
 
 import json
@@ -43,12 +43,15 @@ def with_bandwidths(
     refresh: bool = False,
     file: Path | None = None,
     measure: bool = True,
+    disk: Path | None = None,
 ) -> Machine:
     """`machine`, with the bandwidths that it does not state kept or measured.
 
     Those of a graphics card only where the machine, which must be this one, has one; `host_bw`
-    and `host_flops` only where `host` says how. `refresh` forgets what is kept. Takes seconds the
-    first time, and no time with `measure` False: what is not kept then stays unknown.
+    and `host_flops` only where `host` says how; that of a disk only where `disk` is a file on it,
+    or a directory that may be written to. `refresh` forgets what is kept. Takes seconds the first
+    time, and no time with `measure` False: what is not kept then stays unknown. Raises OffloadError
+    where a disk cannot be read.
     """
     path = cache_file() if file is None else file
     kept = _read(path)
@@ -57,7 +60,7 @@ def with_bandwidths(
         entry.clear()  # what is not measured now will be when it is asked for
     found: dict[str, float] = {}
     changed = False
-    for field, name, find in _measurements(machine, host):
+    for field, name, find in _measurements(machine, host, disk):
         if getattr(machine, field) is not None:
             continue
         value = _positive(entry.get(name))
@@ -73,7 +76,7 @@ def with_bandwidths(
 
 
 def _measurements(
-    machine: Machine, host: HostCompute | None
+    machine: Machine, host: HostCompute | None, disk: Path | None
 ) -> list[tuple[str, str, Callable[[], float | None]]]:
     """(field of Machine, name in the file, how to measure it)."""
     threads = machine.physical_cores or 1
@@ -94,7 +97,30 @@ def _measurements(
     if host is not None and host.share is not None:
         share, name = host.share, f"host_flops {host.name} shared by {host.shared_by}"
         found.append(("host_flops", name, lambda: bandwidth.measure_compute(share)))
+    if disk is not None:
+        found.append(("disk_bw", f"disk_bw {_disk_of(disk)}", lambda: _disk_bandwidth(disk)))
     return found
+
+
+def _disk_bandwidth(path: Path) -> float | None:
+    """None where the system does not read past its page cache: that would be memory's bandwidth."""
+    found = bandwidth.measure_disk(path)
+    return found.bytes_per_s if found.direct else None
+
+
+def _disk_of(path: Path) -> str:
+    """What is mounted there, as the system calls it: `/dev/nvme0n1p2`; else the device's number."""
+    number = path.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return device
+    for line in mounts.splitlines():
+        where, _, what = line.partition(" - ")
+        if device in where.split()[2:3]:
+            return what.split()[1]
+    return device
 
 
 def _key(machine: Machine) -> str:

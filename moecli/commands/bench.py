@@ -1,6 +1,7 @@
 """Knows what `moecli bench` asks for and how the numbers are written down; measures nothing."""
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,7 +100,8 @@ def _asked(pp: str, tg: str, repeats: str, cold: str, sequences: str) -> "BenchC
 def _measure(name: str, settings: Settings, config: "BenchConfig") -> "BenchResult":
     from moecli.benchmarking import Subject, run_bench
 
-    path, engine_config = model_directory(name), settings.engine_config()
+    path = model_directory(name)
+    engine_config = replace(settings.engine_config(), pictures=False)  # prompts are tokens of text
     subject = Subject(
         path,
         engine_config,

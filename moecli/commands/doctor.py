@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 HELP = """Check what moecli stands on: packages, processor, memory, disk, graphics card, places.
 
-One line a check; memory and disk are measured, which takes a second or two. On a graphics card
-every kernel is compared with plain arithmetic, once; that takes up to a minute. Exits with 1
-where something is wrong."""
+One line a check. How fast memory and disk are is measured once, in a second or two, and kept for
+plans and runs. On a graphics card every kernel is compared with plain arithmetic, once; that takes
+up to a minute. `--refresh` does both again. Exits with 1 where something is wrong."""
 EXAMPLES = """
 moecli doctor
 moecli doctor --refresh
 moecli doctor --json > report.json
 """
 Refresh = Annotated[
-    bool, options.option("--refresh", help="Check the graphics card's kernels again.")
+    bool, options.option("--refresh", help="Measure again, and compare the card's kernels again.")
 ]
 _LITTLE_RAM = 4 * GIB
 _LITTLE_DISK = 20 * GIB
@@ -69,7 +69,7 @@ def doctor(refresh: Refresh = False, as_json: options.Json = False) -> None:
 def all_checks(refresh: bool = False) -> Iterator[Check]:
     """In the order of the report; each is found when it is asked for.
 
-    `refresh`: what is remembered about a graphics card is found out anew.
+    `refresh`: what is remembered of this machine and its graphics card is found out anew.
     """
     from offload.hardware import detect
 
@@ -83,7 +83,7 @@ def all_checks(refresh: bool = False) -> Iterator[Check]:
     yield _kernels()
     yield _ram(machine)
     yield _disk(place, machine)
-    yield from _bandwidths(place, machine)
+    yield from _bandwidths(place, machine, refresh)
     yield from _graphics(machine, refresh)
     yield Check("ok", "models", f"{len(store.models())} in {store.models_dir()}")
     yield _config_file()
@@ -138,28 +138,28 @@ def _disk(place: Path, machine: "Machine") -> Check:
     return Check("ok", "disk", found)
 
 
-def _bandwidths(place: Path, machine: "Machine") -> Iterator[Check]:
-    """Measured anew; what other commands reckon with from now on."""
-    from offload.bandwidth import measure_disk
+def _bandwidths(place: Path, machine: "Machine", refresh: bool) -> Iterator[Check]:
+    """Measured once, or anew where `refresh` asks for it: what other commands reckon with."""
     from offload.measured import with_bandwidths
 
-    found = with_bandwidths(machine, refresh=True)
+    found = with_bandwidths(machine, refresh=refresh)
     yield _speed("RAM speed", found.ram_bw)
     if machine.gpu_name is not None:
         yield _speed("VRAM speed", found.vram_bw)
         yield _speed("link speed", found.link_bw)
         yield _speed("zero copy", found.zero_copy_bw)
     try:
-        disk = measure_disk(place)
+        disk = with_bandwidths(found, disk=place).disk_bw
     except OffloadError as error:
         yield Check("warn", "disk speed", error.message, error.hint)
         return
-    cached = "" if disk.direct else ", some of it perhaps from memory"
-    yield Check("ok", "disk speed", ui.bandwidth(disk.bytes_per_s) + cached)
+    yield _speed("disk speed", disk, "it is not read past memory here: say `--disk` to a plan")
 
 
-def _speed(what: str, found: float | None) -> Check:
-    return Check("warn" if found is None else "ok", what, ui.bandwidth(found))
+def _speed(what: str, found: float | None, fix: str | None = None) -> Check:
+    if found is None:
+        return Check("warn", what, ui.bandwidth(found), fix)
+    return Check("ok", what, ui.bandwidth(found))
 
 
 def _graphics(machine: "Machine", refresh: bool) -> Iterator[Check]:

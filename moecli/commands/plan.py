@@ -67,10 +67,14 @@ def plan(
             "-q", "--scheme", metavar="NAME", help="Where MODEL is not quantized yet: int4 or int8."
         ),
     ] = "int4",
+    text_only: Annotated[
+        bool,
+        options.option("--text-only", help="Keep no room for looking at pictures, as `run`."),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     source = PlanSource.find(options.require_model(context, model, model_flag))
-    config = Settings.read(**given).engine_config()
+    config = replace(Settings.read(**given).engine_config(), pictures=not text_only)
     rates = {
         "ram_bw": _rate(ram_bw, "--ram-bw"),
         "host_bw": _rate(cpu_bw, "--cpu-bw"),
@@ -126,8 +130,9 @@ def _machine(
     """This machine at the given rates, where they are given; the others are measured."""
     import torch
 
-    from moecli.measuring import with_compute
+    from moecli.measuring import largest_file, with_compute
     from offload.hardware import detect
+    from offload.measured import with_bandwidths
 
     machine = detect(path, gpu=config.device != "cpu")
     if config.device == "cuda" and config.vram_nbytes is None:
@@ -143,10 +148,12 @@ def _machine(
     machine = with_compute(
         *(machine, _measurable(spec, scheme), spec.experts_per_token),
         shared_by=0 if on_card else shared_by,  # on a card the processor has no part in prompts
+        disk=largest_file(path),
     )
-    if machine.disk_bw is None:
-        machine = replace(machine, disk_bw=_disk_bandwidth(path))
-    return machine
+    if machine.disk_bw is not None or not path.is_dir():
+        return machine
+    # Of what is not here: where it would come to lie, if that disk was ever measured.
+    return with_bandwidths(machine, measure=False, disk=path)
 
 
 def _measurable(spec: "Counted", scheme: QuantScheme) -> "ExpertLayout":
@@ -173,11 +180,3 @@ def _described_card(machine: "Machine") -> "Machine":
     rate = ui.bandwidth(_VRAM_BW_ASSUMED)
     ui.show_note(f"VRAM is taken to be read at {rate}; `--vram-bw` says better")
     return replace(machine, vram_bw=_VRAM_BW_ASSUMED)
-
-
-def _disk_bandwidth(path: Path) -> float | None:
-    from offload.bandwidth import measure_disk
-
-    # A file is read, a directory written to: never write into somebody's checkpoint.
-    largest = max(path.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
-    return None if largest is None else measure_disk(largest).bytes_per_s

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +78,8 @@ def _answer(
 ) -> None:
     directory = model_directory(name)
     pictures = _read_pictures(directory, images)  # complains before the model is opened
-    with open_engine(directory, settings.engine_config()) as engine:
+    config = replace(settings.engine_config(), pictures=bool(pictures))  # room for experts, else
+    with open_engine(directory, config) as engine:
         sampling: SamplingConfig = settings.sampling_config(engine.generation_config)
         session = engine.new_session()
         if raw:

@@ -346,7 +346,7 @@ def test_doctor_names_every_path() -> None:
     assert tuple(doctor._PATHS) == selfcheck.PATHS
 
 
-def test_doctor_measures_a_card_anew(real_cli, models, monkeypatch) -> None:
+def test_doctor_measures_once_and_again_when_asked_to(real_cli, models, monkeypatch) -> None:
     card = replace(
         MACHINE, gpu_name="RTX", gpu_driver="600.1", vram_total=24 * GIB, vram_free=20 * GIB
     )
@@ -361,7 +361,14 @@ def test_doctor_measures_a_card_anew(real_cli, models, monkeypatch) -> None:
     assert "ok    link speed    25.0 GB/s" in lines
     assert "warn  zero copy     not measured" in lines
     monkeypatch.setattr(bandwidth, "measure_link", lambda: 30e9)
-    assert "ok    link speed    30.0 GB/s" in real_cli("doctor").out.splitlines()
+    slower = bandwidth.DiskBandwidth(3e9, True, 1 << 20)
+    monkeypatch.setattr(bandwidth, "measure_disk", lambda path: slower)
+    assert real_cli("doctor").out.splitlines() == lines, "what was measured is kept"
+    again = real_cli("doctor", "--refresh").out.splitlines()
+    assert "ok    link speed    30.0 GB/s" in again
+    assert "ok    disk speed    3.0 GB/s" in again
+    kept = measured.with_bandwidths(card, disk=models)
+    assert kept.disk_bw == 3e9
     assert measured.with_bandwidths(card).link_bw == 30e9, "and others reckon with it"
 
 

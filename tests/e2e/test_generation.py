@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moecli.beside import beside
 from moecli.config import EngineConfig, SamplingConfig
 from moecli.engine import Engine
 from moecli.errors import MoecliError
@@ -164,3 +165,16 @@ def test_too_long_and_empty_prompts_are_refused_before_anything_happens(engine: 
         with pytest.raises(MoecliError, match=words):
             engine.generate(session, tokens, GREEDY)
     assert session.tokens == []
+
+
+def test_what_decoding_costs_is_counted_apart_from_the_prompt(engine: Engine) -> None:
+    """One expert a layer and step; what is read of RAM is what the plan says."""
+    tokens = engine.encode_text(LONG)
+    stats = finish(engine, engine.new_session(), tokens).stats
+    assert stats.decode_steps == 11
+    assert stats.decoded.requests == 11 * tiny.LAYERS
+    assert stats.expert_hits + stats.expert_misses > stats.decoded.requests
+    found = beside(engine.plan, stats)
+    assert found.a_token["ram"].measured == found.a_token["ram"].planned
+    assert found.hit_rate.measured == stats.decoded.hit_rate
+    assert found.ram_nbytes.measured is not None

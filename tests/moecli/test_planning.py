@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from moecli import known
 from moecli.config import EngineConfig
 from moecli.errors import MoecliError
 from moecli.footprint import model_footprint, tensor_nbytes
 from moecli.models.config import ModelSpec
-from moecli.planning import plan_model
+from moecli.models.hf_outline import read_counted
+from moecli.planning import Question, plan_model
 from offload.errors import OffloadError
 from offload.hardware import Machine
 from quant.scheme import QuantScheme
@@ -128,3 +130,17 @@ def test_the_matrix_that_is_absorbed_is_planned_for_as_it_is_held() -> None:
         plain = [replace(tensor, expanded=False) for tensor in LATENT.dense_tensors]
         stored = sum(tensor_nbytes(tensor, scheme) for tensor in plain)
         assert found.dense_nbytes + found.embedding_nbytes == stored - nbytes + 4 * numel
+
+
+def test_without_pictures_a_model_that_sees_keeps_that_room_for_experts() -> None:
+    known_scout = known.find("llama4-scout")
+    assert known_scout is not None
+    scout = read_counted(known_scout.config())
+    machine = Machine(ram_available=80 << 30)
+    sees = Question(scout, SCHEMES, 8192, EngineConfig(ram_nbytes=40 << 30), machine).answer()
+    config = EngineConfig(ram_nbytes=40 << 30, pictures=False)
+    text = Question(scout, SCHEMES, 8192, config, machine).answer()
+    spared = sees.workspace_nbytes - text.workspace_nbytes
+    assert spared > 400 << 20
+    assert text.host_slots - sees.host_slots == pytest.approx(spared / text.slot_nbytes, abs=1)
+    assert max(sees.ram_nbytes, text.ram_nbytes) <= 40 << 30

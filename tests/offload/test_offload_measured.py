@@ -210,3 +210,35 @@ def test_what_tokens_share_is_measured_where_it_is_asked_for(calls: list[str], f
     assert with_bandwidths(BARE, shared, file=file) == found
     other = with_bandwidths(BARE, replace(shared, shared_by=8), file=file)
     assert (other.host_bw, other.host_flops) == (2, 4)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_each_disk_is_measured_once_and_never_by_what_memory_answers(
+    calls: list[str], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    def measure(path: Path) -> bandwidth.DiskBandwidth:
+        calls.append(path.name)
+        return bandwidth.DiskBandwidth(7.0, direct, 1)
+
+    monkeypatch.setattr(bandwidth, "measure_disk", measure)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        path.mkdir()
+    expected = 7.0 if direct else None
+    assert with_bandwidths(BARE, file=file, measure=False, disk=first).disk_bw is None
+    assert with_bandwidths(BARE, file=file, disk=first).disk_bw == expected
+    assert with_bandwidths(BARE, file=file, disk=second).disk_bw == expected
+    assert with_bandwidths(BARE, file=file).disk_bw is None, "nobody asked about a disk"
+    same_disk = ["ram", "first"] if direct else ["ram", "first", "second"]
+    assert calls == same_disk
+    monkeypatch.setattr(measured, "_disk_of", lambda path: path.name)
+    with_bandwidths(BARE, file=file, disk=second)
+    assert calls == [*same_disk, "second"], "another disk"
+    assert with_bandwidths(replace(BARE, disk_bw=1.0), file=file, disk=first).disk_bw == 1.0
+
+
+def test_a_disk_has_the_name_of_what_is_mounted_there(tmp_path: Path) -> None:
+    name = measured._disk_of(tmp_path)
+    assert name == measured._disk_of(tmp_path.parent)
+    if Path("/proc/self/mountinfo").exists():
+        assert name != measured._disk_of(Path("/proc"))
