@@ -15,9 +15,8 @@ from moecli.models.attention import mask_by_name, mask_by_view
 from moecli.models.batch import Batch
 from moecli.models.decoder import Decoder
 from moecli.models.device_step import num_splits
-from moecli.models.moe import FloatExperts
-from moecli.models.provider import Ready
 from tests.graphs import SimulatedGraph
+from tests.models.stacked_experts import StackedExperts
 from tests.models.tiny_models import decoder_of, logits_in_steps, oracle, spec_of, tokens
 
 TOLERANCE = 1e-5
@@ -82,49 +81,11 @@ CAPTURES += [("llama4_short", "triton", 4, 12), ("qwen3_short", "triton", 6, 9)]
 CAPTURES += [("gpt_oss_short", "triton", 3, 8), ("deepseek_v3_short", "triton", 6, 9)]
 
 
-class StackedExperts:
-    """All experts of a layer in three tensors: what a captured step needs, without our kernels."""
-
-    def __init__(self, experts: FloatExperts, num_experts: int) -> None:
-        self.weight_on_input = experts.weight_on_input
-        self.num_experts = num_experts
-        self.load = experts.load
-        self.activation, self.biases = experts.activation, experts.biases
-        self.stacks: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def stack(self, layer: int) -> None:
-        loaded = [self.load(layer, expert) for expert in range(self.num_experts)]
-        self.stacks[layer] = tuple(torch.stack(parts) for parts in zip(*loaded, strict=True))
-
-    def begin(self, layer, hidden, topk_ids, topk_weights):
-        gate, up, down = (part[topk_ids].to(hidden.dtype) for part in self.stacks[layer])
-        weights = topk_weights[..., None]
-        x = hidden[:, None].expand(*topk_ids.shape, -1)  # [T, k, H]
-        x = x * weights if self.weight_on_input else x
-        gates, ups = (torch.einsum("tkh,tkih->tki", x, part) for part in (gate, up))
-        added = torch.zeros((), dtype=hidden.dtype)
-        if layer in self.biases:
-            sizes = (gates.shape[-1], ups.shape[-1], hidden.shape[-1])
-            of_gate, of_up, added = self.biases[layer].to(hidden.dtype)[topk_ids].split(sizes, -1)
-            gates, ups = gates + of_gate, ups + of_up
-        out = torch.einsum("tki,tkhi->tkh", self.activation(gates, ups), down) + added
-        return Ready((out if self.weight_on_input else out * weights).sum(1))
-
-    def prefetch(self, layer, topk_ids):
-        raise AssertionError("a captured step cannot guess")
-
-    def resident(self, layer):
-        return None
-
-
 def decoder(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
     family, changes = VARIANTS[name]
     model = oracle(family, **changes)
     num_experts = spec_of(model).num_experts
-    found = decoder_of(model, dtype, wrap=lambda experts: StackedExperts(experts, num_experts))
-    for layer in found.spec.moe_layers:
-        found.layers[layer].mlp.experts.stack(layer)
-    return found
+    return decoder_of(model, dtype, wrap=lambda experts: StackedExperts(experts, num_experts))
 
 
 @functools.cache
@@ -288,8 +249,6 @@ def test_a_captured_step_makes_no_guesses():
     """The host would have to look at them; StackedExperts raises when it gets one."""
     model = oracle("llama4")
     guessing = decoder_of(model, wrap=lambda experts: StackedExperts(experts, 4), guesses=2)
-    for layer in guessing.spec.moe_layers:
-        guessing.layers[layer].mlp.experts.stack(layer)
     assert guessing.layers[0].lookahead is not None
     step_by_step(guessing, tokens(1), new_cache(guessing))
     with pytest.raises(AssertionError, match="cannot guess"):

@@ -22,7 +22,7 @@ from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
 from tests.models.families import FAMILIES
 from tests.models.test_models_config import QWEN3
-from tests.models.tiny_models import decoder_of, oracle, spec_of
+from tests.models.tiny_models import oracle, spec_of
 
 TOLERANCE = 1e-5
 HEADS = 6
@@ -170,14 +170,6 @@ def test_a_quantized_matrix_is_held_in_the_dtype_of_computing() -> None:
     planned = tensor_nbytes(linears["layers.0.kv_b_proj"], QuantScheme(8, 32))
     assert attention.heads.kv_b.nbytes == planned
     assert isinstance(attention.q_up, QuantizedWeight)
-
-
-def test_a_step_on_a_device_has_no_attention_over_latents() -> None:
-    decoder = decoder_of(oracle("deepseek_v3"))
-    cache, token = KvCache(decoder.spec, 8, torch.float32), torch.tensor([1])
-    cache.begin(0, 1)
-    with pytest.raises(AssertionError, match="latents in a step on a device"):
-        decoder.decode(token, torch.tensor([0]), cache)
 
 
 def latent_cache(ctx: int, dtype: torch.dtype = torch.float32) -> KvCache:

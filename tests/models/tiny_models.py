@@ -12,6 +12,7 @@ from moecli.models.moe import FloatExperts, expert_biases
 from moecli.models.naming import dense_loader, plan_conversion
 from moecli.models.provider import ExpertProvider
 from tests.models.families import FAMILIES
+from tests.models.stacked_experts import StackedExperts
 
 
 def oracle(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
@@ -62,13 +63,17 @@ def decoder_of(
     tensors: dict[str, Tensor] | None = None,
     wrap: Callable[[ExpertProvider], ExpertProvider] = lambda experts: experts,
     guesses: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Our decoder over a model's weights, or over the same weights by other names."""
+    """Our decoder over a model's weights, or over the same weights by other names.
+
+    `device`: where it computes; `wrap` brings experts there.
+    """
     spec, tensors = spec_of(model), dict(tensors or model.state_dict())
     if spec.tie_word_embeddings:
         del tensors["lm_head.weight"]
     plan = plan_conversion(spec, {name: tuple(t.shape) for name, t in tensors.items()})
-    experts = {(item.layer, item.expert): item for item in plan.experts}
+    items = {(item.layer, item.expert): item for item in plan.experts}
 
     def slice_of(part: object) -> Tensor:
         tensor = tensors[part.name]
@@ -77,12 +82,20 @@ def decoder_of(
         return tensor if part.rows is None else tensor[slice(*part.rows, part.step)]
 
     def load(layer: int, expert: int) -> tuple[Tensor, ...]:
-        item = experts[layer, expert]
+        item = items[layer, expert]
         return slice_of(item.gate), slice_of(item.up), slice_of(item.down)
 
     weights = dense_loader(spec, tensors, tensors.__getitem__)
     experts_of_floats = FloatExperts(spec, load, expert_biases(spec, weights))
-    return Decoder(spec, weights, wrap(experts_of_floats), dtype, guesses)
+    experts = wrap(experts_of_floats)
+    if isinstance(experts, StackedExperts):
+        for layer in spec.moe_layers:
+            experts.stack(layer)
+    if device == "cpu":
+        return Decoder(spec, weights, experts, dtype, guesses)
+    return Decoder(
+        spec, lambda name: weights(name).to(device), experts, dtype, guesses, device=device
+    )
 
 
 def tokens(count: int, seed: int = 1) -> Tensor:
