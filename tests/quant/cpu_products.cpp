@@ -13,12 +13,14 @@
 using moecli::Linear;
 using moecli::Matrix;
 using moecli::MoeCall;
+using moecli::ScaleSearch;
 
 extern "C" const char* moecli_isa(int index);
 extern "C" const void* moecli_kernels(const char* name);
 extern "C" int moecli_linears(const void* kernels, const float* x, int64_t tokens,
                               const Linear* all, int count, int threads);
 extern "C" int moecli_routed_experts(const void* kernels, const MoeCall* call, int threads);
+extern "C" int moecli_search_scales(const void* kernels, const ScaleSearch* search, int threads);
 
 namespace {
 
@@ -137,10 +139,37 @@ void experts(const void* kernels, int bits, int group, int64_t tokens, Error& er
   }
 }
 
-// One line for each variant: its name and the relative errors of all products, and of all experts.
+// Quantizes a weight; what came of it goes into `hash`, byte by byte.
+void search(const void* kernels, int bits, int group, Error& error, uint64_t& hash) {
+  constexpr int64_t kRows = 11, kIn = 384;
+  const std::vector<float> weight = normal(kRows * kIn);
+  std::vector<uint8_t> packed(size_t(kRows * kIn * bits / 8));
+  std::vector<uint16_t> scales(size_t(kRows * kIn / group));
+  std::vector<double> errors(static_cast<size_t>(kRows)), squares(errors);
+  const int32_t factors[] = {8 * 2048, 17 * 1024, 15 * 1024};
+  ScaleSearch call = {};
+  call.weight = reinterpret_cast<const uint8_t*>(weight.data());
+  call.type = moecli::kFloat32, call.rows = kRows, call.row_groups = kIn / group;
+  call.bits = bits, call.group = group, call.factors = factors, call.count = 3;
+  call.first_step = -1, call.end_step = 3;
+  call.packed = packed.data(), call.scale = scales.data();
+  call.row_errors = errors.data(), call.row_squares = squares.data();
+  moecli_search_scales(kernels, &call, 2);
+  const auto take = [&](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
+  for (const uint8_t byte : packed) take(byte);
+  for (const uint16_t scale : scales) take(scale);
+  for (int64_t i = 0; i < kRows * kIn; ++i) {
+    const int code = bits == 8 ? packed[size_t(i)] : packed[size_t(i / 2)] >> (i % 2 * 4) & 15;
+    error.add(double(code - (1 << (bits - 1))) * bf16(scales[size_t(i / group)]), weight[size_t(i)]);
+  }
+}
+
+// One line for each variant: its name, the relative errors of all products, of all experts and of
+// all quantized weights, and a number that stands for these.
 void report(const char* name) {
   const void* kernels = moecli_kernels(name);
-  Error linear, layer;
+  Error linear, layer, weights;
+  uint64_t hash = 0;
   source.seed(1);
   for (const int bits : {4, 8}) {
     for (const int group : {32, 64, 128}) {
@@ -148,11 +177,13 @@ void report(const char* name) {
         product(kernels, {37, 384, bits, group}, tokens, linear);
         experts(kernels, bits, group, tokens, layer);
       }
+      search(kernels, bits, group, weights, hash);
       product(kernels, {8, 2176, bits, group}, 1, linear);
       product(kernels, {41, 4224, bits, group}, 9, linear);
     }
   }
-  std::printf("%s %.7f %.7f\n", name, linear.relative(), layer.relative());
+  std::printf("%s %.7f %.7f %.7f %llx\n", name, linear.relative(), layer.relative(),
+              weights.relative(), static_cast<unsigned long long>(hash));
 }
 
 }  // namespace

@@ -65,6 +65,10 @@ struct Vec {
   static F max(F x, F y) {
     return {vbslq_f32(vcgtq_f32(x.a, y.a), x.a, y.a), vbslq_f32(vcgtq_f32(x.b, y.b), x.b, y.b)};
   }
+  static F where_less(F x, F y, F less, F other) {
+    return {vbslq_f32(vcltq_f32(x.a, y.a), less.a, other.a),
+            vbslq_f32(vcltq_f32(x.b, y.b), less.b, other.b)};
+  }
   static float sum(F x) { return vaddvq_f32(vaddq_f32(x.a, x.b)); }
   static F sums(const F (&x)[L]) {
     float out[L];
@@ -77,6 +81,10 @@ struct Vec {
     return {vreinterpretq_f32_u32(a), vreinterpretq_f32_u32(b)};
   }
   static I load_ints(const uint8_t* p) { return ints(load_bytes(p)); }
+  static void store_ints(int32_t* p, I x) {
+    vst1q_s32(p, x.a);
+    vst1q_s32(p + 4, x.b);
+  }
   static I repeat_int(const uint8_t* p) { return ints(repeat_4_bytes(p)); }
   static F to_float(I x) { return {vcvtq_f32_s32(x.a), vcvtq_f32_s32(x.b)}; }
   static I round(F x) { return {vcvtnq_s32_f32(x.a), vcvtnq_s32_f32(x.b)}; }
@@ -86,6 +94,53 @@ struct Vec {
       return vreinterpretq_u32_s32(vshlq_n_s32(vaddq_s32(e, bias), 23));
     };
     return floats(power(x.a), power(x.b));
+  }
+
+  // 16-bit integers, two a lane. A product is divided by 2^15, and rounded; an addition ends where
+  // 16 bits end.
+  template <class Function>
+  static I each_16(I x, I y, Function function) {
+    const auto half = [&](int32x4_t a, int32x4_t b) {
+      return vreinterpretq_s32_s16(
+          function(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
+    };
+    return {half(x.a, y.a), half(x.b, y.b)};
+  }
+  static I pair(I low, I high) {
+    return {vsliq_n_s32(low.a, high.a, 16), vsliq_n_s32(low.b, high.b, 16)};
+  }
+  static I repeat_16(int value) {
+    const int32x4_t all = vreinterpretq_s32_s16(vdupq_n_s16(static_cast<int16_t>(value)));
+    return {all, all};
+  }
+  static I mul_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t a, int16x8_t b) { return vqrdmulhq_s16(a, b); });
+  }
+  static I add_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t a, int16x8_t b) { return vqaddq_s16(a, b); });
+  }
+  static I sub_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t a, int16x8_t b) { return vsubq_s16(a, b); });
+  }
+  static I min_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t a, int16x8_t b) { return vminq_s16(a, b); });
+  }
+  static I max_16(I x, I y) {
+    return each_16(x, y, [](int16x8_t a, int16x8_t b) { return vmaxq_s16(a, b); });
+  }
+  static I and_bits(I x, I y) { return {vandq_s32(x.a, y.a), vandq_s32(x.b, y.b)}; }
+  template <int n>
+  static I shift_16(I x) {
+    return each_16(x, x, [](int16x8_t a, int16x8_t) { return vshrq_n_s16(a, n); });
+  }
+  // sum + the products of both
+  static I dot_16(I sum, I x, I y) {
+    const auto pairs = [](int32x4_t a, int32x4_t b) {
+      const int16x8_t left = vreinterpretq_s16_s32(a), right = vreinterpretq_s16_s32(b);
+      return vpaddq_s32(vmull_s16(vget_low_s16(left), vget_low_s16(right)),
+                        vmull_high_s16(left, right));
+    };
+    return {vaddq_s32(sum.a, pairs(x.a, y.a)), vaddq_s32(sum.b, pairs(x.b, y.b))};
   }
 
   static float bf16(const uint8_t* p) {
