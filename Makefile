@@ -46,7 +46,8 @@ bench: $(VENV)/.dev
 	[ -e demo-out ] || $(BIN)/moecli quantize demo -q int4 -o demo-out
 	$(BIN)/python benchmarks/expert_cache.py demo-out --json benchmarks/results/expert_cache.json
 
-# Real vLLM, in an environment of its own, serves what moecli wrote: 4 GB of disk, half an hour.
+# Real vLLM, in an environment of its own, serves what moecli wrote: 4 GB of disk, half an hour. Called
+# again after it was stopped it goes on; `make clean` first for a run from the beginning.
 # Its build for processors wants torch's, which pip finds on PyPI only where a source is configured:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. The three packages that are taken out
 # again come with it and do not import beside that torch.
@@ -59,7 +60,8 @@ $(INTEROP)/.installed:
 
 interop: $(VENV)/.dev $(INTEROP)/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/interop.py --vllm-python $(INTEROP)/venv/bin/python \
-		--work $(INTEROP) --json benchmarks/results/interop.json
+		--work $(INTEROP) --json $(INTEROP)/interop.json --resume
+	cp $(INTEROP)/interop.json benchmarks/results/interop.json
 
 # Needs a graphics card, and nothing that is not installed there already: see docs/gpu.md.
 gpu-check:

@@ -6,10 +6,12 @@
 models, and the embedded one, are quantized by moecli in several schemes; each run starts vLLM in
 processes of its own. Its build for processors lacks kernels that its build for GPUs has: a run
 with `lent` kernels borrows those of benchmarks/engines/plain_kernels.py, computes in fp32, and so
-tests all that vLLM does with a checkpoint but its multiplying.
+tests all that vLLM does with a checkpoint but its multiplying. A run with those of `zentorch` has
+vLLM believe that the processor is one of AMD's (benchmarks/engines/zen.py).
 """
 
 import argparse
+import hashlib
 import os
 import platform
 import signal
@@ -28,6 +30,7 @@ from benchmarks.engines.verdict import compare
 from benchmarks.engines.vllm_run import Refused, Vllm, kernels_taken
 from benchmarks.gpu.report import plain, read_json, write_json
 from moecli.conversion import local_job
+from offload.hardware import detect
 from quant.convert import convert
 from quant.scheme import QuantScheme
 
@@ -47,14 +50,14 @@ class Run:
 
     model: str
     scheme: str
-    kernels: str = "own"  # or lent
+    kernels: str = "own"  # lent, or zentorch: see benchmarks.engines.vllm_run
     ranks: int = 1  # tensor parallel
     expert_parallel: bool = False
     server: bool = False
 
     @property
     def dtype(self) -> str:
-        return "bfloat16" if self.kernels == "own" else "float32"
+        return "float32" if self.kernels == "lent" else "bfloat16"
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -75,30 +78,31 @@ class Run:
 def all_runs() -> list[Run]:
     """What decides most comes first."""
     default, dense16, *others = SCHEMES
+    zen, both = "zentorch", ("qwen3_moe", "mixtral")
     runs = [Run(family, default, "lent") for family in FAMILIES]
-    runs += [Run(family, dense16) for family in FAMILIES]
+    runs += [Run(family, dense16, zen) for family in FAMILIES]
+    for family in FAMILIES:
+        runs += [Run(family, default, "lent", 2), Run(family, dense16, zen, 2)]
+        runs += [Run(family, default, "lent", 2, expert_parallel=True)]
+    runs += [Run(family, "int8", "lent", 2) for family in FAMILIES]
+    runs += [Run(family, dense16, zen, 2, expert_parallel=True) for family in both]
     runs += [Run("demo", default, "lent"), Run("demo", default, "lent", server=True)]
     runs += [Run(family, scheme, "lent") for family in FAMILIES for scheme in others]
     runs += [Run("tied qwen3_moe", default, "lent"), Run("sharded qwen3_moe", default, "lent")]
-    runs += [Run("qwen3_moe", dense16, server=True), Run("mixtral", "int4, dense int4")]
-    runs += [Run("qwen3_moe", scheme) for scheme in (default, *others)] + [Run("llama4", default)]
-    for family in FAMILIES:
-        runs += [Run(family, default, "lent", 2), Run(family, dense16, ranks=2)]
-        runs += [Run(family, default, "lent", 2, expert_parallel=True)]
-    runs += [Run(family, "int8", "lent", 2) for family in FAMILIES]
-    return [*runs, Run("qwen3_moe", dense16, ranks=2, expert_parallel=True)]
+    runs += [Run(family, "int4, dense int4", zen) for family in both]
+    runs += [Run("qwen3_moe", scheme, zen) for scheme in (default, "int4-g128", "int8")]
+    runs += [Run("llama4", default, zen), Run("qwen3_moe", dense16)]
+    runs += [Run("qwen3_moe", dense16, zen, server=True)]
+    return [*runs, Run("qwen3_moe", default, "lent", 2, server=True)]
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM's processes end too
-    report = read_json(options.json) if options.json else {}
-    report |= {"machine": _machine(), "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
-    report.setdefault("runs", {})
+    report = _report(options)
     for run in all_runs():
         wanted = any(text in run.name for text in options.only)
-        done = options.resume and run.name in report["runs"]
-        if run.ranks not in options.ranks or not wanted or done:
+        if run.ranks not in options.ranks or not wanted or run.name in report["runs"]:
             continue
         found = _try(run, options)
         report["runs"][run.name] = plain(found)
@@ -112,17 +116,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vllm-python", type=Path, required=True, help="of vLLM's environment")
     parser.add_argument("--work", type=Path, required=True, help="where models are made")
-    parser.add_argument("--json", type=Path, help="write results there, beside those it has")
+    parser.add_argument("--json", type=Path, help="write results there, after each run")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="only runs over these")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="runs named so")
-    parser.add_argument("--resume", action="store_true", help="leave out what --json has")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --json has of these very scripts"
+    )
     return parser
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    """Nothing yet, or what an earlier call has found: never of two versions of the scripts."""
+    earlier = (options.resume and options.json and read_json(options.json)) or {}
+    scripts = script_version()
+    runs = earlier["runs"] if earlier.get("scripts") == scripts else {}
+    about = {"machine": _machine(), "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
+    return {**about, "scripts": scripts, "runs": runs}
+
+
+def script_version() -> str:
+    """Changes with this file and those of benchmarks/engines."""
+    here = Path(__file__).resolve()
+    files = [here, *sorted((here.parent / "engines").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _machine() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": platform.machine(),
+        "processor": detect().cpu_name,
         "cores": os.cpu_count(),
         "amx": bool(torch.cpu._is_amx_tile_supported()),
         "python": platform.python_version(),
@@ -131,7 +154,7 @@ def _machine() -> dict[str, Any]:
 
 def _try(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     model = _quantized(run, options.work)
-    vllm = Vllm(options.vllm_python.absolute(), options.work, run.kernels == "lent", run.engine)
+    vllm = Vllm(options.vllm_python.absolute(), options.work, run.kernels, run.engine)
     prompts = _prompts()
     found: dict[str, Any] = asdict(run) | {"dtype": run.dtype}
     try:

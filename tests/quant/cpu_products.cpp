@@ -139,34 +139,37 @@ void experts(const void* kernels, int bits, int group, int64_t tokens, Error& er
   }
 }
 
-// A number that follows from every bit of the codes and scales of a random weight.
-uint32_t searched(const void* kernels, int bits, int group) {
-  constexpr int64_t kRows = 19, kIn = 384;
-  const std::vector<int32_t> factors = {15000, 16000, 17000, 18000, 20000};
-  std::vector<float> x = normal(kRows * kIn);
-  for (float& value : x) value *= value * value;
+// Quantizes a weight; what came of it goes into `hash`, byte by byte.
+void search(const void* kernels, int bits, int group, Error& error, uint64_t& hash) {
+  constexpr int64_t kRows = 11, kIn = 384;
+  const std::vector<float> weight = normal(kRows * kIn);
   std::vector<uint8_t> packed(size_t(kRows * kIn * bits / 8));
-  std::vector<uint16_t> scale(size_t(kRows * kIn / group));
-  std::vector<double> errors(kRows), squares(kRows);
-  ScaleSearch search = {};
-  search.weight = reinterpret_cast<const uint8_t*>(x.data()), search.type = moecli::kFloat32;
-  search.rows = kRows, search.row_groups = kIn / group, search.bits = bits, search.group = group;
-  search.factors = factors.data(), search.count = int(factors.size());
-  search.first_step = -2, search.end_step = 6;
-  search.packed = packed.data(), search.scale = scale.data();
-  search.row_errors = errors.data(), search.row_squares = squares.data();
-  uint32_t all = uint32_t(moecli_search_scales(kernels, &search, 1));
-  for (const uint8_t byte : packed) all = all * 31 + byte;
-  for (const uint16_t value : scale) all = all * 31 + value;
-  return all;
+  std::vector<uint16_t> scales(size_t(kRows * kIn / group));
+  std::vector<double> errors(static_cast<size_t>(kRows)), squares(errors);
+  const int32_t factors[] = {8 * 2048, 17 * 1024, 15 * 1024};
+  ScaleSearch call = {};
+  call.weight = reinterpret_cast<const uint8_t*>(weight.data());
+  call.type = moecli::kFloat32, call.rows = kRows, call.row_groups = kIn / group;
+  call.bits = bits, call.group = group, call.factors = factors, call.count = 3;
+  call.first_step = -1, call.end_step = 3;
+  call.packed = packed.data(), call.scale = scales.data();
+  call.row_errors = errors.data(), call.row_squares = squares.data();
+  moecli_search_scales(kernels, &call, 2);
+  const auto take = [&](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
+  for (const uint8_t byte : packed) take(byte);
+  for (const uint16_t scale : scales) take(scale);
+  for (int64_t i = 0; i < kRows * kIn; ++i) {
+    const int code = bits == 8 ? packed[size_t(i)] : packed[size_t(i / 2)] >> (i % 2 * 4) & 15;
+    error.add(double(code - (1 << (bits - 1))) * bf16(scales[size_t(i / group)]), weight[size_t(i)]);
+  }
 }
 
-// One line for each variant: its name, the relative errors of all products, and of all experts, and
-// what the search for scales found.
+// One line for each variant: its name, the relative errors of all products, of all experts and of
+// all quantized weights, and a number that stands for these.
 void report(const char* name) {
   const void* kernels = moecli_kernels(name);
-  Error linear, layer;
-  uint32_t found = 0;
+  Error linear, layer, weights;
+  uint64_t hash = 0;
   source.seed(1);
   for (const int bits : {4, 8}) {
     for (const int group : {32, 64, 128}) {
@@ -174,12 +177,13 @@ void report(const char* name) {
         product(kernels, {37, 384, bits, group}, tokens, linear);
         experts(kernels, bits, group, tokens, layer);
       }
+      search(kernels, bits, group, weights, hash);
       product(kernels, {8, 2176, bits, group}, 1, linear);
       product(kernels, {41, 4224, bits, group}, 9, linear);
-      found = found * 31 + searched(kernels, bits, group);
     }
   }
-  std::printf("%s %.7f %.7f %u\n", name, linear.relative(), layer.relative(), found);
+  std::printf("%s %.7f %.7f %.7f %llx\n", name, linear.relative(), layer.relative(),
+              weights.relative(), static_cast<unsigned long long>(hash));
 }
 
 }  // namespace
