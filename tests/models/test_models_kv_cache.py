@@ -198,6 +198,15 @@ def test_truncate_a_window(length, keep, kept):
     write_sliding(cache, range(kept, kept + 7))
 
 
+def test_a_window_that_was_remembered_goes_back_one_token_and_no_more():
+    for keep, kept in ((20, 20), (19, 19), (18, 0)):
+        cache = KvCache(SLIDING, 64, torch.float32)
+        write_sliding(cache, range(20))
+        cache.remember()
+        write_sliding(cache, range(20, 30))
+        assert cache.truncate(keep) == kept
+
+
 def test_a_window_s_memory_does_not_grow_with_the_context():
     for ctx in (1, 4, 5, 6, 1000):
         cache = KvCache(SLIDING, ctx, torch.float32)

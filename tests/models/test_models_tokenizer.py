@@ -153,6 +153,7 @@ def test_markup_is_whole_after_half_a_character(tokenizer):
         ("<|start|>a<|end|>hello there", "<|start|>a<|end|>hello world", 2),
         ("<|start|>a<|end|>b<|start|>c", "<|start|>a<|end|>b<|end|>", 2),
         ("<|start|>a<|end|>b", "<|start|>b", 0),
+        ("<|start|>hello<|end|>b", "<|start|>hello<|end|>world", 6),
         ("hello", "world", 0),
         ("", "hello", 0),
     ],
