@@ -151,7 +151,10 @@ def test_memory_is_as_planned(tmp_path: Path, kv_dtype: str) -> None:
         f"{plan['kv_nbytes'] / MIB:.1f} ({whole / MIB:.1f} without rings); "
         f"measured {found['grown'] / MIB:.1f}"
     )
-    assert found["grown"] <= plan["ram_nbytes"] + 40 * MIB
+    # Of int8, 38 and 39 MiB beside the plan were measured at 20,000 and 4,000 tokens: why it takes
+    # more than bf16 (21 to 32) is not known, but it does not grow with the context.
+    constant = 56 if kv_dtype == "int8" else 40
+    assert found["grown"] <= plan["ram_nbytes"] + constant * MIB
     if SOAK:
         assert found["grown"] < whole, "it would have shown if all were kept"
 
