@@ -20,8 +20,7 @@ from quant.scheme import QuantScheme
 from tests.commands import Command
 from tests.e2e import tiny
 
-TOLERANCE = 2e-5  # of fp32 logits of magnitude 1 to 10
-
+TOLERANCE = 3e-6  # of the largest logit, in fp32
 
 SCHEMES = {  # experts, dense linears; beside the default of the fixtures
     "int8": (QuantScheme(8, 32), QuantScheme(8, 32)),
@@ -126,5 +125,6 @@ def compare_with_transformers(model: Path) -> None:
             unfused = engine.spec.family == "qwen3_moe"
             decoder = rounded_to_bf16(engine) if unfused else engine.decoder
             found = decoder.forward(Batch.of(tokens, cache, all_logits=True))
-        assert found.abs().max() > 1, "the logits are too small to compare"
-        assert (found - expected).abs().max() < TOLERANCE, kernels
+        largest = found.abs().max()
+        assert largest > 1, "the logits are too small to compare"
+        assert (found - expected).abs().max() < TOLERANCE * largest, kernels

@@ -105,7 +105,7 @@ def test_a_plan_counts_windows_and_biases_of_experts() -> None:
     roomy = replace(RAM, ram_available=1 << 36)
     plan = plan_model(spec, SCHEMES, 4096, EngineConfig(vram_nbytes=8 << 30), roomy)
     token = 2 * spec.num_kv_heads * spec.head_dim * 2
-    assert plan.kv_nbytes == 12 * (4096 + 128) * token
+    assert plan.kv_nbytes == 12 * (4096 + 2 * 128) * token, "windows are kept twice"
     biases = 24 * 32 * 3 * 2880 * 4
     assert plan.host_bias_nbytes == biases
     assert plan.ram_nbytes == (
