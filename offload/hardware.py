@@ -35,6 +35,7 @@ class Machine:
     disk_free: int | None = None  # on the file system of the path asked about
     ram_bw: float | None = None  # reading, all physical cores
     disk_bw: float | None = None  # reading, past the page cache
+    pinned_limit: float | None = None  # bytes of main memory, tried up to half of what is free
     link_bw: float | None = None  # copies from pinned main memory to the device
     zero_copy_bw: float | None = None  # kernels of the device that read pinned main memory
     host_bw: float | None = None  # packed bytes of experts that the processor computes

@@ -14,6 +14,8 @@ from typing import Any
 
 from offload import bandwidth
 from offload.hardware import Machine
+from offload.host import pinnable_nbytes
+from offload.pinning import CudaPinner
 
 _FORMAT = 1
 
@@ -44,14 +46,16 @@ def with_bandwidths(
     file: Path | None = None,
     measure: bool = True,
     disk: Path | None = None,
+    pinning: bool = False,
 ) -> Machine:
     """`machine`, with the bandwidths that it does not state kept or measured.
 
     Those of a graphics card only where the machine, which must be this one, has one; `host_bw`
     and `host_flops` only where `host` says how; that of a disk only where `disk` is a file on it,
-    or a directory that may be written to. `refresh` forgets what is kept. Takes seconds the first
-    time, and no time with `measure` False: what is not kept then stays unknown. Raises OffloadError
-    where a disk cannot be read.
+    or a directory that may be written to; how much memory can be pinned for the card only where
+    `pinning` asks for it, as that may take ten seconds. `refresh` forgets what is kept. Takes
+    seconds the first time, and no time with `measure` False: what is not kept then stays unknown.
+    Raises OffloadError where a disk cannot be read.
     """
     path = cache_file() if file is None else file
     kept = _read(path)
@@ -60,7 +64,7 @@ def with_bandwidths(
         entry.clear()  # what is not measured now will be when it is asked for
     found: dict[str, float] = {}
     changed = False
-    for field, name, find in _measurements(machine, host, disk):
+    for field, name, find in _measurements(machine, host, disk, pinning):
         if getattr(machine, field) is not None:
             continue
         value = _positive(entry.get(name))
@@ -76,7 +80,7 @@ def with_bandwidths(
 
 
 def _measurements(
-    machine: Machine, host: HostCompute | None, disk: Path | None
+    machine: Machine, host: HostCompute | None, disk: Path | None, pinning: bool
 ) -> list[tuple[str, str, Callable[[], float | None]]]:
     """(field of Machine, name in the file, how to measure it)."""
     threads = machine.physical_cores or 1
@@ -89,6 +93,8 @@ def _measurements(
             ("zero_copy_bw", "zero_copy_bw", bandwidth.measure_zero_copy),
             ("vram_bw", "vram_bw", bandwidth.measure_vram),
         ]
+    if machine.gpu_name is not None and pinning:
+        found.append(("pinned_limit", "pinned_limit", lambda: _pinned_limit(machine)))
     if host is not None:
         compute = host.compute
         found.append(
@@ -100,6 +106,13 @@ def _measurements(
     if disk is not None:
         found.append(("disk_bw", f"disk_bw {_disk_of(disk)}", lambda: _disk_bandwidth(disk)))
     return found
+
+
+def _pinned_limit(machine: Machine) -> int | None:
+    """Half of what is available is enough to know, and leaves the rest to others."""
+    if machine.ram_available is None:
+        return None
+    return pinnable_nbytes(CudaPinner("cuda"), machine.ram_available // 2)
 
 
 def _disk_bandwidth(path: Path) -> float | None:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 HELP = """Check what moecli stands on: packages, processor, memory, disk, graphics card, places.
 
-One line a check. How fast memory and disk are is measured once, in a second or two, and kept for
-plans and runs. On a graphics card every kernel is compared with plain arithmetic, once; that takes
-up to a minute. `--refresh` does both again. Exits with 1 where something is wrong."""
+One line a check. How fast memory and disk are is measured once, in seconds, and kept for plans and
+runs; with a graphics card also how much memory the system pins for it. On a card every kernel is
+compared with plain arithmetic, once; that takes up to a minute. `--refresh` does both again. Exits with 1 where something is wrong."""
 EXAMPLES = """
 moecli doctor
 moecli doctor --refresh
@@ -142,18 +142,31 @@ def _bandwidths(place: Path, machine: "Machine", refresh: bool) -> Iterator[Chec
     """Measured once, or anew where `refresh` asks for it: what other commands reckon with."""
     from offload.measured import with_bandwidths
 
-    found = with_bandwidths(machine, refresh=refresh)
+    found = with_bandwidths(machine, refresh=refresh, pinning=True)
     yield _speed("RAM speed", found.ram_bw)
     if machine.gpu_name is not None:
         yield _speed("VRAM speed", found.vram_bw)
         yield _speed("link speed", found.link_bw)
         yield _speed("zero copy", found.zero_copy_bw)
+        yield _pinned(found)
     try:
         disk = with_bandwidths(found, disk=place).disk_bw
     except OffloadError as error:
         yield Check("warn", "disk speed", error.message, error.hint)
         return
     yield _speed("disk speed", disk, "it is not read past memory here: say `--disk` to a plan")
+
+
+def _pinned(machine: "Machine") -> Check:
+    """Of main memory that is not pinned, copies are slower and kernels of the card read nothing."""
+    limit, available = machine.pinned_limit, machine.ram_available
+    if not limit or available is None:
+        fix = "the system pins less than 1 GiB; under WSL, `.wslconfig` says how much memory it has"
+        return Check("warn", "pinned RAM", "none", fix)
+    if limit + GIB > available // 2:
+        return Check("ok", "pinned RAM", f"{format_nbytes(int(limit))} tried, and allowed")
+    fix = "experts beyond it reach the card more slowly; under WSL about half of memory can be had"
+    return Check("warn", "pinned RAM", f"{format_nbytes(int(limit))} at most", fix)
 
 
 def _speed(what: str, found: float | None, fix: str | None = None) -> Check:

@@ -10,6 +10,7 @@ from moecli import selfcheck, store
 from moecli.commands import doctor
 from moecli.commands import plan as plan_command
 from offload import bandwidth, hardware, measured
+from offload.pinning import SimulatedPinner
 from quant import ops
 from quant.kernels.cpu.library import BUILD_HINT, NoLibrary
 from tests.cli.fakes import write_model
@@ -316,6 +317,7 @@ def card(monkeypatch) -> list[bool]:
         return selfcheck.SelfCheck({}, tuple(cases), remembered=not refresh)
 
     monkeypatch.setattr(selfcheck, "self_check", check)
+    monkeypatch.setattr(measured, "CudaPinner", lambda device: SimulatedPinner())
     return seen
 
 
@@ -332,6 +334,7 @@ def test_doctor_shows_the_fast_paths_of_a_card(real_cli, card) -> None:
         "ok    GPU parts     1 cases right, compared earlier",
     ]
     assert "fix: until `moecli doctor --refresh` finds it right, each kernel" in outcome.out
+    assert "ok    pinned RAM    30.0 GiB tried, and allowed" in outcome.out.splitlines()
     assert card == [False]
 
 
@@ -354,12 +357,14 @@ def test_doctor_measures_once_and_again_when_asked_to(real_cli, models, monkeypa
     for name in ("link", "vram"):
         monkeypatch.setattr(bandwidth, f"measure_{name}", lambda: 25e9)
     monkeypatch.setattr(bandwidth, "measure_zero_copy", lambda: None)
+    monkeypatch.setattr(measured, "CudaPinner", lambda device: SimulatedPinner(20 * GIB))
     whole = selfcheck.SelfCheck({}, (selfcheck.Result("kernels", "a case", None, 0.1),))
     monkeypatch.setattr(selfcheck, "self_check", lambda *_, **__: whole)
     lines = real_cli("doctor").out.splitlines()
     assert "ok    graphics      RTX, 24.0 GiB, 20.0 GiB free, driver 600.1" in lines
     assert "ok    link speed    25.0 GB/s" in lines
     assert "warn  zero copy     not measured" in lines
+    assert "warn  pinned RAM    20.0 GiB at most" in lines
     monkeypatch.setattr(bandwidth, "measure_link", lambda: 30e9)
     slower = bandwidth.DiskBandwidth(3e9, True, 1 << 20)
     monkeypatch.setattr(bandwidth, "measure_disk", lambda path: slower)

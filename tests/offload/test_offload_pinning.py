@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import offload.pinning
-from offload.host import HostArena
+from offload.host import HostArena, pinnable_nbytes
 from offload.pinning import CudaPinner, SimulatedPinner
 from tests.offload.offload_files import PAGE, bytes_at
 
@@ -126,3 +126,14 @@ def test_what_is_pinned_but_unseen_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> 
     pinner, _ = cuda_pinner([1], monkeypatch)
     with pytest.raises(AssertionError, match="out of the device's sight: error 1"):
         pinner.device_address(PAGE)
+
+
+@pytest.mark.parametrize(("limit", "most", "found"), [(None, 3.5, 3), (2.5, 8, 2), (0, 8, 0)])
+def test_how_much_can_be_pinned_is_tried_and_given_back(
+    limit: float | None, most: float, found: int
+) -> None:
+    gib = 1 << 30
+    pinner = SimulatedPinner(None if limit is None else int(limit * gib))
+    assert pinnable_nbytes(pinner, int(most * gib)) == found * gib
+    assert pinnable_nbytes(pinner, gib - 1) == 0
+    assert pinner.pieces == {}
