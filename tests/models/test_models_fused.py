@@ -395,7 +395,7 @@ def compile_all() -> dict[str, tuple[dict[str, str], dict[str, int]]]:
     found = {}
     for capability in (75, 86, 120):
         with compiling(capability) as programs:
-            heads.decode_attention(queries, cache, torch.tensor([1]), 32, torch.bfloat16)
+            heads.decode_attention(queries, cache, torch.tensor([1]), 32, torch.bfloat16, None)
             rows.choose_experts(torch.zeros(1, 128).bfloat16(), 8, "softmax", True)
             prompt.windowed_attention(
                 torch.zeros(512, 64, 64).bfloat16(), *torch.zeros(2, 8, 1024, 64).bfloat16(),
