@@ -24,7 +24,8 @@ HELP = """Check what moecli stands on: packages, processor, memory, disk, graphi
 
 One line a check. How fast memory and disk are is measured once, in seconds, and kept for plans and
 runs; with a graphics card also how much memory the system pins for it. On a card every kernel is
-compared with plain arithmetic, once; that takes up to a minute. `--refresh` does both again. Exits with 1 where something is wrong."""
+compared with plain arithmetic, once; that takes up to a minute. `--refresh` does both again. Exits
+with 1 where something is wrong."""
 EXAMPLES = """
 moecli doctor
 moecli doctor --refresh

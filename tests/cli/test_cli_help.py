@@ -135,3 +135,10 @@ def test_documented_commands_are_current() -> None:
     from tools.commands_doc import document
 
     assert (ROOT / "docs/commands.md").read_text(encoding="utf-8") == document()
+
+
+def test_the_page_of_modules_is_current() -> None:
+    """docs/modules.md is made by tools/modules_doc.py, which says how."""
+    from tools.modules_doc import document
+
+    assert (ROOT / "docs/modules.md").read_text(encoding="utf-8") == document()
