@@ -58,10 +58,11 @@ class RandomCheckpoint:
         return self.tensors[name]
 
     def read(self, name: str) -> Tensor:
-        if self._held is None or self._held[0] != name:
+        held = self._held  # threads read: what this one finds or makes is what it returns
+        if held is None or held[0] != name:
             bits = self._numbers.bf16(self._named[name])
-            self._held = name, torch.from_numpy(bits.view("int16")).view(torch.bfloat16)
-        return self._held[1]
+            held = self._held = name, torch.from_numpy(bits.view("int16")).view(torch.bfloat16)
+        return held[1]
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.read(name)[start:stop]
