@@ -110,7 +110,7 @@ void float_micro(const uint8_t* weight, int64_t in, const float* x, int64_t x_st
     Vec::F w[R];
     for (int r = 0; r < R; ++r) {
       const uint8_t* at = weight + (r * in + i) * W::kBytes;
-      __builtin_prefetch(at + R * in * W::kBytes, 0, 0);
+      moecli::fetch(at + R * in * W::kBytes);
       w[r] = W::load(at);
     }
     for (int t = 0; t < N; ++t) {

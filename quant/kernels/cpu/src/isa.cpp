@@ -18,6 +18,12 @@ extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;  // as far as the compiler kn
 extern const Kernels kNeon, kDotProd;
 #endif
 
+#ifdef MOECLI_X86
+const bool kFetchIntoSecond = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+const bool kFetchIntoSecond = false;
+#endif
+
 namespace {
 
 struct Variant {

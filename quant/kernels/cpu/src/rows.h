@@ -175,14 +175,14 @@ void rows_micro(const Rows& rows, const uint8_t* const* tokens, int64_t from, bo
     ahead[r] = rows.codes_ahead(r);
     for (int t = 0; t < N; ++t) acc[r][t] = Vec::zero();
     for (int64_t line = 0; line < nbytes * 16 / (bits * group); line += 64) {
-      __builtin_prefetch(rows.scales_ahead(r) + line, 0, 0);
+      moecli::fetch(rows.scales_ahead(r) + line);
     }
   }
   Vec::B b[R];
   Vec::F s[R];
   for (int64_t c = 0; c < whole; ++c) {
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(ahead[r] + c * kVector, 0, 0);
+      moecli::fetch(ahead[r] + c * kVector);
       b[r] = Vec::keep(Vec::load_bytes(codes[r] + c * kVector));
       s[r] = chunk_scales<bits, group>(scales[r], c);
     }
