@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch, SequenceSlice
-from moecli.models.config import LayerSpec, ModelSpec, RopeSpec, TemperatureSpec
+from moecli.models.config import LayerSpec, ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.few_tokens import FewTokens
 from moecli.models.moe import FloatExperts
@@ -25,6 +25,7 @@ from quant.kernels.cpu.library import Library, NoLibrary, library
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
+from tests.models.few_specs import CASES, CHUNKED, SPEC
 from tests.quant.quant_experts import random_weight
 
 try:
@@ -33,65 +34,6 @@ except NoLibrary:
     pytest.skip("there is no compiler here", allow_module_level=True)
 
 TOLERANCE = 1e-5
-SPEC = ModelSpec(
-    architecture="Tiny",
-    family="qwen3_moe",
-    vocab_size=31,
-    hidden_size=64,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    layers=(LayerSpec("full", True, True), LayerSpec("full", True, False)),
-    num_experts=6,
-    experts_per_token=2,
-    expert_intermediate_size=8,
-    shared_intermediate_size=0,
-    dense_intermediate_size=40,
-    router="softmax",
-    normalize_topk=True,
-    weight_on_input=False,
-    rope=RopeSpec("half", 100.0),
-    qk_norm="weighted_before_rope",
-    attention_bias=False,
-    chunk_size=None,
-    temperature=None,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_context=4096,
-)
-CHUNKED = replace(
-    SPEC,
-    layers=(LayerSpec("chunked", True, True), LayerSpec("full", False, True)),
-    chunk_size=8,
-    router="sigmoid",
-    normalize_topk=False,
-    weight_on_input=True,
-    shared_intermediate_size=24,
-    rope=RopeSpec("interleaved", 100.0),
-    qk_norm="weightless_after_rope",
-    temperature=TemperatureSpec(4, 0.5),
-)
-
-
-def heads(query: int, key: int, size: int, **changes: Any) -> ModelSpec:
-    return replace(SPEC, num_heads=query, num_kv_heads=key, head_dim=size, **changes)
-
-
-CASES = {
-    "as_qwen3": SPEC,
-    "as_llama4": CHUNKED,
-    "as_mixtral": replace(SPEC, qk_norm="none"),
-    "biases": replace(SPEC, attention_bias=True),
-    "one_group_of_8": heads(8, 1, 64),
-    "groups_of_7": heads(7, 1, 8),
-    "groups_of_5": heads(10, 2, 18),
-    "groups_of_3": heads(6, 2, 34),
-    "no_groups": heads(3, 3, 128),
-    "heads_of_64": heads(4, 1, 64, rope=RopeSpec("interleaved", 100.0)),
-    "heads_of_7_turn_nowhere": heads(4, 2, 7, layers=(LayerSpec("full", False, True),)),
-    "heads_of_20": heads(12, 2, 20, qk_norm="weightless_after_rope"),
-    "odd_widths": replace(SPEC, hidden_size=37, dense_intermediate_size=29),
-}
 
 
 class NoExperts:

@@ -22,7 +22,8 @@ from offload.usage import ExpertUsage
 from quant import ops
 from quant.layout import ExpertLayout, ExpertWeights
 from quant.scheme import QuantScheme
-from tests.models.test_models_few_tokens import CHUNKED, SPEC, random_weights
+from tests.models.few_specs import CHUNKED, SPEC
+from tests.models.test_models_few_tokens import random_weights
 from tests.quant.quant_experts import random_weight
 
 if ops.fallback() is not None:
