@@ -213,6 +213,21 @@ def test_threads_change_no_bit(backend: CpuBackend, num_tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+def test_all_threads_take_denormals_as_the_calling_one_does() -> None:
+    """Else a result depends on who computed it."""
+    backend = backend_of(ISAS[0])
+    hidden, weight = torch.full((1, 64), 1e-40), torch.ones(4000, 64, dtype=torch.bfloat16)
+    torch.set_num_threads(2)
+    for flush in (True, False) if torch.set_flush_denormal(False) else ():
+        torch.set_flush_denormal(flush)
+        try:
+            outs = [backend.linear_float(hidden, weight) for _ in range(200)]
+        finally:
+            torch.set_flush_denormal(False)
+        assert all(bool(((out == 0) == flush).all()) for out in outs)
+
+
+@pytest.mark.usefixtures("threads")
 def test_two_threads_of_python_may_call_at_once() -> None:
     backend = backend_of(ISAS[0])
     experts = Experts(ExpertLayout(128, 256, QuantScheme()))

@@ -1,6 +1,7 @@
 // Knows threads; see pool.h.
 #include "pool.h"
 
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -108,6 +109,7 @@ void Pool::run(int threads, const Phase* phases, int count) {
   phases_ = phases;
   count_ = count;
   wanted_ = threads - 1;
+  std::fegetenv(&environment_);
   for (int p = 0; p < count; ++p) {
     progress_[p].next.store(0, std::memory_order_relaxed);
     progress_[p].done.store(0, std::memory_order_relaxed);
@@ -147,7 +149,10 @@ void Pool::work(int index) {
     seen = job_.load();
     // Once this thread is counted, an open job stays open until it is counted out.
     inside_.fetch_add(1);
-    if (open_.load() && index < wanted_) take_part();
+    if (open_.load() && index < wanted_) {
+      std::fesetenv(&environment_);
+      take_part();
+    }
     inside_.fetch_sub(1);
   }
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <cfenv>
 #include <cstdint>
 #include <mutex>
 
@@ -34,7 +35,8 @@ class Pool {
   // callers follow each other, so that no core has two threads.
   std::unique_lock<std::mutex> acquire() { return std::unique_lock<std::mutex>(callers_); }
 
-  // All phases, on the calling thread and up to threads - 1 others.
+  // All phases, on the calling thread and up to threads - 1 others, who compute with floats as that
+  // one does: whether a denormal is taken for zero does not depend on who takes an item.
   void run(int threads, const Phase* phases, int count);
 
   // Memory for the caller, kept for the next one; aligned to 64 bytes.
@@ -61,6 +63,7 @@ class Pool {
   const Phase* phases_ = nullptr;
   int count_ = 0;
   int wanted_ = 0;  // workers that may take part
+  std::fenv_t environment_;
   alignas(64) std::atomic<uint64_t> job_{0};
   alignas(64) std::atomic<bool> open_{false};
   alignas(64) std::atomic<int> inside_{0};
