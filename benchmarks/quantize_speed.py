@@ -26,9 +26,10 @@ from benchmarks.gpu.report import write_json
 from benchmarks.llama.naming import tensors
 from benchmarks.llama.numbers import Numbers
 from benchmarks.llama.shapes import SHAPES, TINY, Shape
-from benchmarks.llama.workers import Worker, busy_seconds
+from benchmarks.llama.workers import Worker
 from moecli.conversion import quantize_model
 from offload.hardware import detect
+from offload.load import busy_seconds
 from quant.scheme import QuantScheme
 
 PEER = "benchmarks.llama.peer_worker"

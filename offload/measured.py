@@ -1,7 +1,9 @@
 """Knows the bandwidths of this machine: measured once, then kept in a file of the user's cache.
 
 An entry holds for one processor, graphics card, driver and size of memory, and in it the disks that
-were asked about. A file that cannot be read or written costs a measurement, never a failure.
+were asked about. What was measured while others kept the processors busy is measured again when it
+is next asked for, a few times, and the most that was ever found is kept. A file that cannot be read
+or written costs a measurement, never a failure.
 """
 
 import json
@@ -15,9 +17,14 @@ from typing import Any
 from offload import bandwidth
 from offload.hardware import Machine
 from offload.host import pinnable_nbytes
+from offload.load import beside_others
 from offload.pinning import CudaPinner
 
 _FORMAT = 1
+_DISTURBED = "disturbed"  # of an entry: by name, how often it was measured beside others
+_PINNED = "pinned_limit"
+_MOST_TRIES = 4
+_QUIET_SHARE = 0.1  # of the cores may be busy with others
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,45 @@ def with_bandwidths(
         if getattr(machine, field) is not None:
             continue
         value = _positive(entry.get(name))
-        if value is None:
-            value = find() if measure else None
-            if value is None:
-                continue
-            entry[name], changed = value, True
-        found[field] = value
+        again = 0 < _tries(entry).get(name, 0) < _MOST_TRIES
+        if measure and (value is None or again):
+            value = _measured(machine, entry, name, find) or value
+            changed = changed or value is not None
+        if value is not None:
+            found[field] = value
     if changed:
         _write(path, kept)
     return replace(machine, **found)  # type: ignore[arg-type]
+
+
+def disturbed(machine: Machine, file: Path | None = None) -> frozenset[str]:
+    """Which of the machine's fields were measured while others kept its processors busy."""
+    entry = _read(cache_file() if file is None else file).get(_key(machine), {})
+    return frozenset(name.partition(" ")[0] for name in _tries(entry))
+
+
+def _measured(
+    machine: Machine, entry: dict[str, Any], name: str, find: Callable[[], float | None]
+) -> float | None:
+    """What is found or, where that is more, was found before; the entry keeps it."""
+    value, others = beside_others(find)
+    if value is None:
+        return None
+    tries = _tries(entry)
+    count = tries.pop(name, 0)
+    busy = others > _QUIET_SHARE * (machine.physical_cores or 1)
+    if busy and name != _PINNED:  # which is no speed
+        tries[name] = count + 1
+    entry[_DISTURBED] = tries
+    entry[name] = max(value, _positive(entry.get(name)) or 0.0)
+    return float(entry[name])
+
+
+def _tries(entry: dict[str, Any]) -> dict[str, int]:
+    tries = entry.get(_DISTURBED)
+    if not isinstance(tries, dict):
+        return {}
+    return {name: count for name, count in tries.items() if type(count) is int and count > 0}
 
 
 def _measurements(
@@ -94,7 +131,7 @@ def _measurements(
             ("vram_bw", "vram_bw", bandwidth.measure_vram),
         ]
     if machine.gpu_name is not None and pinning:
-        found.append(("pinned_limit", "pinned_limit", lambda: _pinned_limit(machine)))
+        found.append((_PINNED, _PINNED, lambda: _pinned_limit(machine)))
     if host is not None:
         compute = host.compute
         found.append(

@@ -12,6 +12,7 @@ from offload.bandwidth import measure_ram
 
 _PROBE = list(range(100, 148))  # a prompt whose logits both sides must agree about
 _WARM_STEPS = 8
+_READ_NBYTES = 1 << 30  # for memory's bandwidth: servers have caches of hundreds of MiB
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _alternate(
     ours: Worker, theirs: Worker, settings: Settings, ours_first: bool
 ) -> dict[str, float | None]:
     """Memory, then both sides: what each reached, and how many cores others kept busy."""
-    found: dict[str, float | None] = {"ram_bw": measure_ram(settings.threads)}
+    found: dict[str, float | None] = {"ram_bw": measure_ram(settings.threads, _READ_NBYTES)}
     sides = [("ours", ours), ("theirs", theirs)]
     tests = {"decode": settings.new_tokens, "prefill": settings.prompt_tokens}
     for test, tokens in tests.items():

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from offload.load import busy_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -77,11 +78,3 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
-
-
-def busy_seconds() -> float:
-    """Processor time of the whole machine since it was started, less idling."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    idle: Sequence[str] = fields[3:5]
-    ticks = sum(int(field) for field in fields[:8]) - sum(int(field) for field in idle)
-    return ticks / _TICKS

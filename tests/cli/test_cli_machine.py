@@ -377,6 +377,20 @@ def test_doctor_measures_once_and_again_when_asked_to(real_cli, models, monkeypa
     assert measured.with_bandwidths(card).link_bw == 30e9, "and others reckon with it"
 
 
+def test_doctor_says_that_others_were_busy(real_cli, models, monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "detect", lambda *_, **__: replace(MACHINE, ram_bw=None))
+    monkeypatch.setattr(bandwidth, "measure_ram", lambda threads: 9e9)
+    monkeypatch.setattr(measured, "beside_others", lambda find: (find(), 2.0))
+    outcome = real_cli("doctor")
+    assert outcome.code == 0
+    assert "warn  RAM speed     9.0 GB/s at least" in outcome.out.splitlines()
+    assert "`moecli doctor --refresh` once they are not" in outcome.out
+    monkeypatch.setattr(bandwidth, "measure_ram", lambda threads: 8e9)
+    assert "warn  RAM speed     9.0 GB/s at least" in real_cli("doctor").out.splitlines()
+    monkeypatch.setattr(measured, "beside_others", lambda find: (find(), 0.0))
+    assert "ok    RAM speed     9.0 GB/s" in real_cli("doctor").out.splitlines()
+
+
 def test_doctor_says_how_to_get_compiled_kernels(real_cli, monkeypatch) -> None:
     def missing() -> str:
         raise NoLibrary("the kernels for the processor are not compiled", BUILD_HINT)

@@ -8,7 +8,7 @@ import pytest
 
 from offload import bandwidth, measured
 from offload.hardware import Machine
-from offload.measured import HostCompute, cache_file, with_bandwidths
+from offload.measured import HostCompute, cache_file, disturbed, with_bandwidths
 
 BARE = Machine(ram_total=64 << 30, cpu_name="CPU", physical_cores=8)
 CARD = replace(BARE, gpu_name="RTX", gpu_driver="600.1")
@@ -28,7 +28,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("ram", "link", "zero_copy", "vram", "compute"):
         fake(name)
+    others_keep_busy(monkeypatch, 0.0)
     return done
+
+
+def others_keep_busy(monkeypatch: pytest.MonkeyPatch, cores: float) -> None:
+    monkeypatch.setattr(measured, "beside_others", lambda find: (find(), cores))
 
 
 @pytest.fixture
@@ -242,3 +247,43 @@ def test_a_disk_has_the_name_of_what_is_mounted_there(tmp_path: Path) -> None:
     assert name == measured._disk_of(tmp_path.parent)
     if Path("/proc/self/mountinfo").exists():
         assert name != measured._disk_of(Path("/proc"))
+
+
+def test_what_was_measured_beside_others_is_measured_again_until_they_are_gone(
+    calls: list[str], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others_keep_busy(monkeypatch, 0.9)  # of eight cores
+    assert with_bandwidths(BARE, file=file).ram_bw == 1
+    assert disturbed(BARE, file) == {"ram_bw"}
+    assert with_bandwidths(BARE, file=file, measure=False).ram_bw == 1
+    assert with_bandwidths(BARE, file=file).ram_bw == 2
+    others_keep_busy(monkeypatch, 0.7)
+    assert with_bandwidths(BARE, file=file).ram_bw == 3
+    assert disturbed(BARE, file) == frozenset()
+    assert with_bandwidths(BARE, file=file).ram_bw == 3
+    assert calls == ["ram"] * 3
+
+
+def test_who_is_never_alone_is_asked_a_few_times_and_the_most_is_kept(
+    calls: list[str], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([5.0, 7.0, 6.0, 2.0])
+    monkeypatch.setattr(bandwidth, "measure_ram", lambda threads: next(found))
+    others_keep_busy(monkeypatch, 8.0)
+    assert [with_bandwidths(BARE, file=file).ram_bw for _ in range(6)] == [5, 7, 7, 7, 7, 7]
+    assert disturbed(BARE, file) == {"ram_bw"}
+    others_keep_busy(monkeypatch, 0.0)
+    monkeypatch.setattr(bandwidth, "measure_ram", lambda threads: 3.0)
+    assert with_bandwidths(BARE, file=file, refresh=True).ram_bw == 3
+    assert disturbed(BARE, file) == frozenset()
+
+
+@pytest.mark.parametrize("broken", [7, [], {"ram_bw": "often"}, {"ram_bw": -1}, {"ram_bw": True}])
+def test_a_broken_count_counts_as_none(calls: list[str], file: Path, broken: object) -> None:
+    with_bandwidths(BARE, file=file)
+    content = json.loads(file.read_text())
+    (entry,) = content["machines"].values()
+    entry["disturbed"] = broken
+    file.write_text(json.dumps(content))
+    assert with_bandwidths(BARE, file=file).ram_bw == 1
+    assert disturbed(BARE, file) == frozenset()
