@@ -25,8 +25,8 @@ HELP = """Check what moecli stands on: packages, processor, memory, disk, graphi
 One line a check. How fast memory and disk are is measured once, in seconds, and kept for plans and
 runs; with a graphics card also how much memory the system pins for it. What is measured while other
 programs keep the processors busy is measured a few times more, and the most is kept. On a card
-every kernel is compared with plain arithmetic, once; that takes up to a minute. `--refresh` does both
-again. Exits with 1 where something is wrong."""
+every kernel is compared with plain arithmetic, once; that takes up to a minute. `--refresh` does
+both again. Exits with 1 where something is wrong."""
 EXAMPLES = """
 moecli doctor
 moecli doctor --refresh
