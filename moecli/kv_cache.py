@@ -88,6 +88,10 @@ class KvCache:
         assert not self._scales, "numbers without their scales"
         return self._storage[layer]
 
+    def kept(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """As `storage`, of a cache in int8 too; of that the scales too, [2, K, capacity]."""
+        return self._storage[layer], self._scales[layer] if self._scales else None
+
     def kind(self, layer: int) -> AttentionKind:
         return self._kinds[layer]
 

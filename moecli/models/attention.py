@@ -46,7 +46,7 @@ class Heads:
     norm_weight: Tensor | None  # [N + K, D]
     tempered: bool  # queries are scaled by the temperature of their position
     eps: float
-    partial: bool = False  # RoPE turns only the first components of a head
+    turned: int  # how many components of a head RoPE turns, its first ones
     window: int | None = None  # tokens that one sees, its own included; None: all in the cache
     sinks: Tensor | None = None  # [N]: scores that take weight and give no value
 
@@ -66,10 +66,10 @@ class Heads:
             norm = "after"
         tempered = spec.temperature is not None and not rope
         kind = spec.rope.kind if rope else "none"
-        partial = bool(rope) and spec.rotary_size not in (None, spec.head_dim)
+        turned = spec.rotary_size or spec.head_dim
         window = spec.window if spec.layers[layer].attention == "sliding" else None
         common = (layer, kind, norm, norm_weight, tempered, spec.rms_norm_eps)
-        return cls(*common, partial, window, sinks)
+        return cls(*common, turned, window, sinks)
 
 
 class Step(Protocol):

@@ -74,7 +74,7 @@ class DecoderLayer:
         kind = LatentAttention if spec.layers[layer].attention == "latent" else Attention
         self.attention = kind(spec, layer, weights, dtype)
         self.mlp: Mlp | MoeBlock = (
-            MoeBlock(spec, layer, weights, experts)
+            MoeBlock(spec, layer, weights, experts, dtype)
             if spec.layers[layer].moe
             else Mlp(prefix + "mlp", weights)
         )

@@ -33,30 +33,36 @@ def layer_argument(index: int, layer: "DecoderLayer") -> few.LayerArgument | Non
         guess.top_k = layer.lookahead.guesses
     if q is None or k is None or v is None or o is None or not all(found):
         return None
-    if heads.partial or heads.window is not None or heads.sinks is not None:
-        return None
     if not few.share_input((q, k, v)):
         return None
     norm = heads.norm_weight
     guess_norm = None if layer.lookahead is None else layer.lookahead.norm
     size = attention.head_dim
     return few.LayerArgument(
-        *(index, q.matrix.in_features, q.rows // size, k.rows // size, size),
+        *(index, q.matrix.in_features, q.rows // size, k.rows // size, size, heads.turned),
         *(few.ROPES[heads.rope], few.NORMS[heads.norm], heads.tempered, layer.eps),
         layer.input_norm.data_ptr(),
         None if norm is None else norm.data_ptr(),
+        None if heads.sinks is None else heads.sinks.data_ptr(),
         *(layer.post_norm.data_ptr(), q, k, v, o, router, guess),
         None if guess_norm is None else guess_norm.data_ptr(),
     )
 
 
 def _fill_router(argument: few.RouterArgument, router: object) -> bool:
-    """False where it is a stand-in for one, of a kind that is not compiled, or its weight is."""
-    weight = few.weight_argument(router.weight) if isinstance(router, Router) else None
-    if not isinstance(router, Router) or weight is None or router.kind not in few.ROUTERS:
+    """False where it is a stand-in for one, or its weight is of a kind that cannot be read."""
+    if not isinstance(router, Router):
+        return False
+    weight = few.weight_argument(router.weight, router.bias)
+    if weight is None:
         return False
     argument.weight, argument.top_k = weight, router.top_k
-    argument.sigmoid, argument.normalize = router.kind == "sigmoid", router.normalize
+    argument.kind, argument.normalize = few.ROUTERS[router.kind], router.normalize
+    if router.grouped is not None:
+        assert router.correction is not None, "a grouped router without its correction"
+        argument.correction, argument.scale = router.correction.data_ptr(), router.grouped.scale
+        argument.groups = router.grouped.num_groups
+        argument.best_groups = router.grouped.groups_per_token
     return True
 
 
@@ -85,11 +91,15 @@ def residents_argument(resident: Resident | None) -> few.ResidentsArgument:
 
 
 def place_argument(cache: KvCache, layer: int) -> few.PlaceArgument:
-    """Where a cache of floats keeps the keys and values of a layer."""
-    storage = cache.storage(layer)  # [2, K, slots, D]
+    """Where a cache keeps the keys and values of a layer."""
+    storage, scales = cache.kept(layer)  # [2, K, slots, D]; [2, K, slots]
     assert storage.is_contiguous(), "a cache with gaps"
-    values = storage[1]
-    head_stride = values.stride(0) * storage.itemsize
-    ring = cache.chunk_size or 0 if cache.is_ring(layer) else 0
-    kind = few.FLOATS[storage.dtype]
-    return few.PlaceArgument(storage.data_ptr(), values.data_ptr(), head_stride, ring, kind)
+    kind = cache.kind(layer)
+    ring = {"chunked": cache.chunk_size, "sliding": cache.window}.get(kind)
+    at_scales = (None, None) if scales is None else (scales[0].data_ptr(), scales[1].data_ptr())
+    return few.PlaceArgument(
+        *(storage[0].data_ptr(), storage[1].data_ptr(), *at_scales),
+        storage.stride(1) * storage.itemsize,
+        0 if scales is None else scales.stride(1) * scales.itemsize,
+        *(ring or 0, few.KEPT[storage.dtype], kind == "sliding"),
+    )

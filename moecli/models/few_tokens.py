@@ -67,10 +67,9 @@ class FewTokens:
         return cls(library, decoder, readable) if len(readable) == len(found) else None
 
     def takes(self, step: BatchStep) -> bool:
-        """Few tokens, in caches of floats, and none beyond the border of a chunk."""
+        """Few tokens, in caches of these kinds, and none that overwrites what another looks at."""
         return sum(piece.length for piece in step.slices) <= few.MOST_TOKENS and all(
-            piece.cache.dtype in (torch.float32, torch.bfloat16) and _in_one_chunk(piece)
-            for piece in step.slices
+            piece.cache.dtype in few.KEPT and _fits_the_rings(piece) for piece in step.slices
         )
 
     def __call__(self, hidden: Tensor, step: BatchStep) -> Tensor:
@@ -241,6 +240,12 @@ def _pointers(arguments: Sequence[Any]) -> "ctypes.Array[ctypes.c_void_p]":
     return (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
 
 
-def _in_one_chunk(piece: SequenceSlice) -> bool:
-    chunk, last = piece.cache.chunk_size, piece.start + piece.length - 1
-    return chunk is None or piece.start // chunk == last // chunk
+def _fits_the_rings(piece: SequenceSlice) -> bool:
+    """One token always does; several must stay in one chunk, and in the first window."""
+    cache, end = piece.cache, piece.start + piece.length
+    if piece.length == 1:
+        return True
+    if cache.window is not None and end > cache.window:
+        return False
+    chunk = cache.chunk_size
+    return chunk is None or piece.start // chunk == (end - 1) // chunk

@@ -48,14 +48,14 @@ class Routing(Protocol):
 class Router:
     """Which experts a token goes to, and how much they count."""
 
-    def __init__(self, spec: ModelSpec, layer: int, weights: Weights) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, weights: Weights, dtype: torch.dtype) -> None:
         self.kind = spec.router
         self.top_k = spec.experts_per_token
         self.normalize = spec.normalize_topk
         self.weight = weights(f"layers.{layer}.router")  # [E, H]
         self.bias: Tensor | None = None  # [E]
         if spec.router_bias:
-            self.bias = dense(weights, f"layers.{layer}.router.bias")
+            self.bias = dense(weights, f"layers.{layer}.router.bias").to(dtype)
         self.grouped = spec.grouped_routing
         self.correction: Tensor | None = None  # fp32 [E]
         if self.grouped is not None:
@@ -89,10 +89,15 @@ class MoeBlock:
     """Routed experts plus, where the family has one, the shared expert."""
 
     def __init__(
-        self, spec: ModelSpec, layer: int, weights: Weights, experts: ExpertProvider
+        self,
+        spec: ModelSpec,
+        layer: int,
+        weights: Weights,
+        experts: ExpertProvider,
+        dtype: torch.dtype,
     ) -> None:
         self.layer = layer
-        self.router: Routing = Router(spec, layer, weights)
+        self.router: Routing = Router(spec, layer, weights, dtype)
         self.experts = experts
         self.shared: Mlp | None = None
         if spec.shared_intermediate_size:

@@ -3,7 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
-from moecli.models.config import LayerSpec, ModelSpec, RopeSpec, TemperatureSpec
+from moecli.models.config import (
+    GroupedRouting,
+    LayerSpec,
+    ModelSpec,
+    RopeSpec,
+    TemperatureSpec,
+)
 
 SPEC = ModelSpec(
     architecture="Tiny",
@@ -44,6 +50,29 @@ CHUNKED = replace(
     temperature=TemperatureSpec(4, 0.5),
 )
 
+WINDOWS = replace(
+    SPEC,
+    layers=(LayerSpec("sliding", True, True), LayerSpec("full", True, True)),
+    window=8,
+    sinks=True,
+    attention_bias=True,
+    router="softmax_of_chosen",
+    router_bias=True,
+    normalize_topk=False,
+    qk_norm="none",
+)
+GROUPED = replace(
+    SPEC,
+    rotary_size=6,
+    num_experts=12,
+    experts_per_token=3,
+    router="grouped",
+    grouped_routing=GroupedRouting(4, 2, 2.5),
+    shared_intermediate_size=24,
+    attention_bias=True,
+    output_bias=False,
+)
+
 
 def heads(query: int, key: int, size: int, **changes: Any) -> ModelSpec:
     return replace(SPEC, num_heads=query, num_kv_heads=key, head_dim=size, **changes)
@@ -62,5 +91,10 @@ CASES = {
     "heads_of_64": heads(4, 1, 64, rope=RopeSpec("interleaved", 100.0)),
     "heads_of_7_turn_nowhere": heads(4, 2, 7, layers=(LayerSpec("full", False, True),)),
     "heads_of_20": heads(12, 2, 20, qk_norm="weightless_after_rope"),
+    "as_gpt_oss": WINDOWS,
+    "as_glm4": GROUPED,
+    "one_group_of_experts": replace(
+        GROUPED, grouped_routing=GroupedRouting(1, 1, 1.0), normalize_topk=False
+    ),
     "odd_widths": replace(SPEC, hidden_size=37, dense_intermediate_size=29),
 }

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch, SequenceSlice
-from moecli.models.config import LayerSpec, ModelSpec
+from moecli.models.config import GroupedRouting, LayerSpec, ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.models.few_tokens import FewTokens
+from moecli.models.int8_heads import quantize_heads
 from moecli.models.moe import FloatExperts
 from moecli.models.provider import Ready
 from quant import ops
@@ -25,7 +26,7 @@ from quant.kernels.cpu.library import Library, NoLibrary, library
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
-from tests.models.few_specs import CASES, CHUNKED, SPEC
+from tests.models.few_specs import CASES, CHUNKED, GROUPED, SPEC, WINDOWS, heads
 from tests.quant.quant_experts import random_weight
 
 try:
@@ -147,8 +148,12 @@ def assert_equal(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) 
 
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_one_by_one_and_a_few_at_once(isa: str, case: str) -> None:
-    """Over the borders of chunks: pieces end there, where there are chunks."""
-    spec, sizes = CASES[case], [1, 1, 5, 1, 8, 2, 3, 1, 1, 1, 8, 4]
+    """Over the borders of chunks: pieces end there, where there are chunks.
+
+    And through windows of 8, which several tokens at once may fill, and only one at a time move on.
+    """
+    spec = CASES[case]
+    sizes = [1, 1, 5, 1, *(([1] * 28) if spec.window else (8, 2, 3, 1, 1, 1, 8, 4))]
     decoder = decoder_of(spec)
     found = in_pieces(decoder, new_cache(spec, 36), sizes, compiled(isa, decoder))
     assert_equal(found, in_pieces(decoder, new_cache(spec, 36), sizes, None))
@@ -177,6 +182,70 @@ def test_a_long_context_is_looked_at_in_parts(isa: str, case: str, dtype: torch.
             caches[0].storage(0)[:, :, length:-1].float(),
             TOLERANCE if dtype == torch.float32 else 0.005,
         )
+
+
+@pytest.mark.parametrize("case", ["as_qwen3", "as_llama4", "as_gpt_oss", "odd_heads"])
+def test_a_cache_in_int8(isa: str, case: str) -> None:
+    """Beside plain PyTorch, which rounds queries and weights of values to bf16 there.
+
+    Numbers are stored by the same rule: they differ by a step where rounding was on the border.
+    """
+    spec = heads(6, 2, 34) if case == "odd_heads" else CASES[case]
+    decoder = decoder_of(spec)
+    sizes = [1, 1, 5, 1, *(([1] * 12) if spec.window else (8, 1, 3))]
+    caches = [KvCache(spec, 20, torch.int8) for _ in range(2)]
+    expected = in_pieces(decoder, caches[0], sizes, None)
+    found = in_pieces(decoder, caches[1], sizes, compiled(isa, decoder))
+    assert_equal(found, expected, 0.03)
+    (numbers, scales), (ours, our_scales) = (cache.kept(0) for cache in caches)
+    slots = slice(0, min(sum(sizes), numbers.shape[2]))
+    assert (numbers[:, :, slots] == ours[:, :, slots]).float().mean() > 0.98
+    assert scales is not None
+    assert our_scales is not None
+    torch.testing.assert_close(our_scales[:, :, slots], scales[:, :, slots], rtol=0.01, atol=0)
+
+
+def test_int8_keeps_what_torch_keeps(isa: str) -> None:
+    """Values that are their bias: of zeros, ties, the largest, and what is no number."""
+    spec = replace(SPEC, layers=SPEC.layers[:1], attention_bias=True)
+    tie = torch.tensor([127.0, 0.5, 1.5, -2.5, -126.5, 3.0, *([0.0] * 10)]) * 0.25
+    none = torch.tensor([1.0, torch.nan, -3.0, *([0.5] * 13)])
+    tiny = torch.full((16,), 1e-40)
+    wide = torch.tensor([3e38, -3e38, 1e30, *([1.0] * 13)])
+    for first, second in ((tie, torch.zeros(16)), (none, tiny), (wide, -tie)):
+        weights = random_weights(spec)
+        weights["layers.0.v_proj"].zero_()
+        weights["layers.0.v_proj.bias"] = torch.cat((first, second))
+        decoder, cache = decoder_of(spec, weights), KvCache(spec, 2, torch.int8)
+        run(decoder, Batch.of(ids(1), cache), compiled(isa, decoder))
+        numbers, scales = cache.kept(0)
+        assert scales is not None
+        want, want_scales = quantize_heads(torch.stack((first, second)))
+        torch.testing.assert_close(scales[1, :, 0], want_scales, rtol=0, atol=0, equal_nan=True)
+        known = want_scales.isfinite()
+        assert torch.equal(numbers[1, :, 0][known], want[known])
+
+
+def test_int8_is_looked_at_in_parts(isa: str) -> None:
+    """Lengths around the borders of parts of 512, every slot with a scale of its own."""
+    spec = replace(CASES["groups_of_5"], layers=SPEC.layers[:1])
+    decoder = decoder_of(spec)
+    few = compiled(isa, decoder)
+    for length in (511, 512, 513, 1300):
+        generator = torch.Generator().manual_seed(length)
+        caches = [KvCache(spec, length + 4, torch.int8) for _ in range(2)]
+        past, scales = caches[0].kept(0)
+        assert scales is not None
+        past.random_(-127, 128, generator=generator)
+        scales.copy_(torch.rand(scales.shape, generator=generator) / 64)
+        for new, old in zip(caches[1].kept(0), (past, scales), strict=True):
+            assert new is not None
+            new.copy_(old)
+        for cache in caches:
+            cache.begin(0, length)
+            cache.commit()
+        expected = run(decoder, Batch.of(ids(1), caches[0]))
+        assert_equal(run(decoder, Batch.of(ids(1), caches[1]), few), expected, 0.01)
 
 
 def test_a_large_score_neither_overflows_nor_drowns(isa: str) -> None:
@@ -306,7 +375,7 @@ def test_weights_of_16_bits(isa: str, dtype: torch.dtype) -> None:
     assert_equal(found, in_pieces(decoder, new_cache(CHUNKED, 9), [1, 7, 1], None))
 
 
-@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "softmax_of_chosen", "grouped"])
 @pytest.mark.parametrize(("experts", "top_k"), [(6, 1), (6, 6), (128, 8), (128, 2), (300, 4)])
 def test_experts_that_tie_come_in_the_order_of_torch(router: str, experts: int, top_k: int) -> None:
     """A logit is one of three components, so that each occurs often and no sum is rounded."""
@@ -317,6 +386,7 @@ def test_experts_that_tie_come_in_the_order_of_torch(router: str, experts: int, 
         experts_per_token=top_k,
         router=router,
         normalize_topk=router == "softmax",
+        grouped_routing=GroupedRouting(1, 1, 1.0) if router == "grouped" else None,
     )
     weights = random_weights(spec)
     rows = torch.randint(0, 3, (experts,), generator=torch.Generator().manual_seed(0))
@@ -334,8 +404,9 @@ def test_experts_that_tie_come_in_the_order_of_torch(router: str, experts: int, 
         torch.testing.assert_close(found_weights, want_weights, rtol=1e-5, atol=1e-7)
 
 
-def test_guesses_are_those_of_the_decoder(isa: str) -> None:
-    spec = replace(SPEC, layers=(LayerSpec("full", True, True),) * 3, num_experts=40)
+@pytest.mark.parametrize("case", [SPEC, WINDOWS, GROUPED], ids=["plain", "bias", "grouped"])
+def test_guesses_are_those_of_the_decoder(isa: str, case: ModelSpec) -> None:
+    spec = replace(case, layers=(LayerSpec("full", True, True),) * 3, num_experts=40)
     provider = NoExperts()
     decoder = decoder_of(spec, experts=provider, guesses=5)
     in_pieces(decoder, new_cache(spec, 9), [8, 1], None)
@@ -398,10 +469,10 @@ def test_a_logit_that_is_no_number_is_chosen_first_as_torch_does() -> None:
 
 def test_what_the_compiled_way_does_not_take() -> None:
     decoder = decoder_of(CHUNKED)
-    few = compiled(ISAS[0], decoder)
+    few, spec = compiled(ISAS[0], decoder), CHUNKED
 
     def takes(start: int, count: int, dtype: torch.dtype = torch.float32) -> bool:
-        cache = KvCache(CHUNKED, 40, dtype)
+        cache = KvCache(spec, 40, dtype)
         cache.begin(0, start)
         cache.commit()
         return few.takes(decoder.make_step(Batch.of(ids(count), cache)))
@@ -410,7 +481,12 @@ def test_what_the_compiled_way_does_not_take() -> None:
     assert takes(15, 1, torch.bfloat16)
     assert not takes(7, 2), "the second token overwrites what the first looks at"
     assert not takes(8, 9), "more than a few tokens"
+    assert takes(8, 1, torch.int8)
     assert not takes(8, 1, torch.float16), "a cache in fp16"
+    few, spec = compiled(ISAS[0], decoder_of(WINDOWS)), WINDOWS
+    assert takes(0, 8)
+    assert takes(30, 1)
+    assert not takes(1, 8), "the last token overwrites what the first looks at"
 
 
 @pytest.mark.parametrize("odd", ["one_quantized", "of_bitsandbytes", "with_gaps"])

@@ -16,8 +16,10 @@ from quant.tensor import QuantizedWeight
 MOST_TOKENS = 8  # `kMostTokens` of src/few_product.h
 QUANTIZED = -1
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `FloatType` of src/types.h
+KEPT = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `KeptType`
 ROPES = {"none": 0, "interleaved": 1, "half": 2}  # `Rope`
-ROUTERS = ("softmax", "sigmoid")
+# `RouterKind` of src/router.h
+ROUTERS = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2, "grouped": 3}
 ACTIVATIONS = {"silu": 0, "clamped_swiglu": 1}  # `Activation`
 NORMS = {"none": 0, "before": 1, "after": 2}  # `HeadNorm` of src/layer.h
 
@@ -36,7 +38,9 @@ class RouterArgument(ctypes.Structure):
 
     _fields_ = (
         *(("weight", WeightArgument), ("top_k", ctypes.c_int64)),
-        *(("sigmoid", ctypes.c_bool), ("normalize", ctypes.c_bool)),
+        *(("kind", ctypes.c_int), ("normalize", ctypes.c_bool)),
+        *(("correction", ctypes.c_void_p), ("groups", ctypes.c_int64)),
+        *(("best_groups", ctypes.c_int64), ("scale", ctypes.c_float)),
     )
 
 
@@ -45,7 +49,9 @@ class PlaceArgument(ctypes.Structure):
 
     _fields_ = (
         *(("keys", ctypes.c_void_p), ("values", ctypes.c_void_p)),
-        *(("head_stride", ctypes.c_int64), ("ring", ctypes.c_int64), ("type", ctypes.c_int)),
+        *(("key_scales", ctypes.c_void_p), ("value_scales", ctypes.c_void_p)),
+        *(("head_stride", ctypes.c_int64), ("scale_stride", ctypes.c_int64)),
+        *(("ring", ctypes.c_int64), ("type", ctypes.c_int), ("window", ctypes.c_bool)),
     )
 
 
@@ -55,9 +61,9 @@ class LayerArgument(ctypes.Structure):
     _fields_ = (
         *(("index", ctypes.c_int64), ("hidden_size", ctypes.c_int64)),
         *(("heads", ctypes.c_int64), ("kv_heads", ctypes.c_int64), ("head_size", ctypes.c_int64)),
-        *(("rope", ctypes.c_int), ("norm", ctypes.c_int)),
+        *(("turned", ctypes.c_int64), ("rope", ctypes.c_int), ("norm", ctypes.c_int)),
         *(("tempered", ctypes.c_bool), ("eps", ctypes.c_float)),
-        *((name, ctypes.c_void_p) for name in ("input_norm", "head_norm", "post_norm")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "head_norm", "sinks", "post_norm")),
         *((name, WeightArgument) for name in ("q", "k", "v", "o")),
         *(("router", RouterArgument), ("guess", RouterArgument)),
         ("guess_norm", ctypes.c_void_p),

@@ -12,7 +12,7 @@ from pathlib import Path
 from quant.errors import QuantError
 from quant.kernels.cpu.build import LIBRARY
 
-_ABI = 7  # of src/api.cpp
+_ABI = 8  # of src/api.cpp
 BUILD_HINT = (
     "install a C++ compiler (g++ or clang++) and run `python -m quant.kernels.cpu.build`, "
     "or use `--kernels torch`"

@@ -35,7 +35,7 @@ int guarded(Function function) {
 }  // namespace
 
 // Changes whenever a signature below does.
-MOECLI_API int moecli_abi() { return 7; }
+MOECLI_API int moecli_abi() { return 8; }
 
 // Name number `index` of the kernels that this processor can run, fastest first, or null.
 MOECLI_API const char* moecli_isa(int index) { return kernels_name(index); }

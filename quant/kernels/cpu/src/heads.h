@@ -12,6 +12,7 @@
 
 namespace {
 
+using moecli::KeptType;
 using moecli::kSplit;
 using moecli::Rope;
 using moecli::Slots;
@@ -62,11 +63,62 @@ inline void to_bf16(const float* x, uint8_t* out, int64_t count) {
   }
 }
 
-inline void store_floats(const float* x, FloatType type, uint8_t* out, int64_t count) {
-  if (type == moecli::kBfloat16) {
-    to_bf16(x, out, count);
-  } else {
-    std::memcpy(out, x, static_cast<size_t>(count) * 4);
+inline float from_bf16(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The largest becomes 127 or -127, as exactly as a scale in bf16 allows. What is no number makes a
+// scale that is none.
+inline void to_int8(const float* x, uint8_t* out, uint8_t* scale, int64_t count) {
+  float most = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(x[i]);
+    most = size > most || size != size ? size : most;
+    if (most != most) break;
+  }
+  most /= 127.0f;
+  to_bf16(&most, scale, 1);
+  const float kept = from_bf16(scale), divisor = kept > 0.0f ? kept : 1.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    float value = std::nearbyint(x[i] / divisor);
+    value = value > -127.0f ? value : -127.0f;  // what is no number, too
+    value = value < 127.0f ? value : 127.0f;
+    out[i] = static_cast<uint8_t>(static_cast<int8_t>(value));
+  }
+}
+
+inline void store_head(const float* x, KeptType type, uint8_t* out, uint8_t* scale,
+                       int64_t count) {
+  switch (type) {
+    case moecli::kKeptFloat32: std::memcpy(out, x, static_cast<size_t>(count) * 4); return;
+    case moecli::kKeptBfloat16: return to_bf16(x, out, count);
+    case moecli::kKeptInt8: return to_int8(x, out, scale, count);
+  }
+}
+
+template <int type>
+struct Kept;
+template <>
+struct Kept<moecli::kKeptFloat32> : Floats<moecli::kFloat32> {};
+template <>
+struct Kept<moecli::kKeptBfloat16> : Floats<moecli::kBfloat16> {};
+template <>
+struct Kept<moecli::kKeptInt8> {
+  static constexpr int kBytes = 1;
+  static Vec::F load(const uint8_t* p) { return Vec::load_int8(p); }
+};
+
+// values [H, kSplit], of each head as many as slots, times the scales of these.
+inline void scale_slots(const uint8_t* scales, int64_t count, int64_t group, float* values) {
+  float factors[kSplit];
+  for (int64_t i = 0; i < count; ++i) factors[i] = from_bf16(scales + 2 * i);
+  for (int64_t h = 0; h < group; ++h) {
+    for (int64_t i = 0; i < count; ++i) values[h * kSplit + i] *= factors[i];
   }
 }
 
@@ -177,15 +229,19 @@ void by_heads(int64_t group, Visit visit) {
   if (h < group) visit(h, std::integral_constant<int, 1>());
 }
 
-template <class W>
+template <int type>
 void attend_of(const Slots& s, const float* q, int64_t group, float* out, float* most,
                float* total, float* scores) {
+  using W = Kept<type>;
+  constexpr bool kScaled = type == moecli::kKeptInt8;
   constexpr int64_t kBlock = 64;  // slots whose values stay in the first cache for all heads
   const int64_t padded = moecli::padded_size(s.size);
   by_heads(group, [&](int64_t h, auto count) {
     score<W, decltype(count)::value>(s, q + h * padded, padded, scores + h * kSplit);
   });
+  if (kScaled) scale_slots(s.key_scales, s.count, group, scores);
   for (int64_t h = 0; h < group; ++h) soften(scores + h * kSplit, s.count, most + h, total + h);
+  if (kScaled) scale_slots(s.value_scales, s.count, group, scores);
   std::memset(out, 0, static_cast<size_t>(group * padded) * 4);
   for (int64_t first = 0; first < s.count; first += kBlock) {
     const int64_t last = first + kBlock < s.count ? first + kBlock : s.count;
@@ -198,10 +254,13 @@ void attend_of(const Slots& s, const float* q, int64_t group, float* out, float*
 
 inline void attend(const Slots& s, const float* q, int64_t group, float* out, float* most,
                    float* total, float* scores) {
-  if (s.type == moecli::kBfloat16) {
-    attend_of<Floats<moecli::kBfloat16>>(s, q, group, out, most, total, scores);
-  } else {
-    attend_of<Floats<moecli::kFloat32>>(s, q, group, out, most, total, scores);
+  switch (s.type) {
+    case moecli::kKeptFloat32:
+      return attend_of<moecli::kKeptFloat32>(s, q, group, out, most, total, scores);
+    case moecli::kKeptBfloat16:
+      return attend_of<moecli::kKeptBfloat16>(s, q, group, out, most, total, scores);
+    case moecli::kKeptInt8:
+      return attend_of<moecli::kKeptInt8>(s, q, group, out, most, total, scores);
   }
 }
 

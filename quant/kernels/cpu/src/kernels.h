@@ -14,7 +14,7 @@ constexpr moecli::Kernels kernels_called(const char* name) {
   return {name,         rows_nbytes,    rows_pad,     rows_quantize, rows_matmul,
           Vec::kBlock,  plain_nbytes,   plain_quantize, block_nbytes, block_insert,
           tiles_scratch, tiles_matmul,  activate,     add_scaled,    store_scaled,
-          float_matmul, rms_norm,       rotate,       store_floats,  attend,
+          float_matmul, rms_norm,       rotate,       store_head,    attend,
           search_scales};
 }
 

@@ -51,11 +51,19 @@ struct Layer {
     const int64_t ring = place(t).ring;
     return ring ? s.positions[t] % ring : s.positions[t];
   }
-  int64_t splits_of(int64_t t) const { return slot(t) / kSplit + 1; }
+  // How many slots, from the first on, a token looks at.
+  int64_t seen(int64_t t) const {
+    return place(t).window ? std::min(s.positions[t] + 1, place(t).ring) : slot(t) + 1;
+  }
+  int64_t splits_of(int64_t t) const { return (seen(t) - 1) / kSplit + 1; }
   int64_t most_splits() const {
     int64_t most = 1;
     for (int64_t t = 0; t < s.tokens; ++t) most = std::max(most, splits_of(t));
     return most;
+  }
+  // Of a head's slots from one on; of integers alone.
+  static uint8_t* scales(uint8_t* all, const Place& at, int64_t head, int64_t slot) {
+    return all ? all + head * at.scale_stride + slot * 2 : nullptr;
   }
   int64_t partial_size() const { return group * (padded + 2); }
   // Whether a head's key and value are nobody else's concern, and few enough for one thread.
@@ -92,17 +100,19 @@ void Layer::position(int64_t item) const {
   float* key = keys + (t * c.kv_heads + head) * size;
   position_head(t, c.heads + head, key);
   const Place& at = place(t);
-  const int64_t row = size * (at.type == kBfloat16 ? 2 : 4);
-  const int64_t offset = head * at.head_stride + slot(t) * row;
-  k.store_floats(key, at.type, at.keys + offset, size);
-  k.store_floats(values + (t * c.kv_heads + head) * size, at.type, at.values + offset, size);
+  const float* value = values + (t * c.kv_heads + head) * size;
+  const int64_t offset = head * at.head_stride + slot(t) * size * kept_nbytes(at.type);
+  uint8_t* const key_scale = scales(at.key_scales, at, head, slot(t));
+  uint8_t* const value_scale = scales(at.value_scales, at, head, slot(t));
+  k.store_head(key, at.type, at.keys + offset, key_scale, size);
+  k.store_head(value, at.type, at.values + offset, value_scale, size);
 }
 
 void Layer::position_head(int64_t t, int64_t head, float* x) const {
   const int64_t size = c.head_size;
   const float* weight = c.head_norm ? c.head_norm + head * size : nullptr;
   if (c.norm == kBeforeRope) k.rms_norm(x, weight, c.eps, x, size);
-  if (c.rope != kNoRope) k.rotate(c.rope, s.turns + t * size, x, size);
+  if (c.rope != kNoRope) k.rotate(c.rope, s.turns + t * c.turned, x, c.turned);
   if (c.norm == kAfterRope) k.rms_norm(x, weight, c.eps, x, size);
 }
 
@@ -112,10 +122,15 @@ void Layer::attend(int64_t item) const {
   const int64_t t = item / splits / c.kv_heads;
   if (split >= splits_of(t)) return;
   const Place& at = place(t);
-  const int64_t row = c.head_size * (at.type == kBfloat16 ? 2 : 4);
-  const int64_t first = split * kSplit, offset = head * at.head_stride + first * row;
-  const Slots slots = {at.keys + offset, at.values + offset, at.type, c.head_size,
-                       std::min(kSplit, slot(t) + 1 - first)};
+  const int64_t first = split * kSplit, row = c.head_size * kept_nbytes(at.type);
+  const int64_t offset = head * at.head_stride + first * row;
+  const Slots slots = {at.keys + offset,
+                       at.values + offset,
+                       scales(at.key_scales, at, head, first),
+                       scales(at.value_scales, at, head, first),
+                       at.type,
+                       c.head_size,
+                       std::min(kSplit, seen(t) - first)};
   float* out = partial + item * partial_size();
   float* most = out + group * padded;
   float* scores = reinterpret_cast<float*>(thread_scratch(group * kSplit * 4));
@@ -129,11 +144,13 @@ void Layer::combine(int64_t item) const {
   const float* parts = partial + item * splits * partial_size();
   for (int64_t h = 0; h < group; ++h) {
     const auto most = [&](int64_t i) { return parts[i * partial_size() + group * padded + h]; };
+    const float* sink = c.sinks ? c.sinks + head * group + h : nullptr;
     float largest = most(0);
     for (int64_t i = 1; i < splits_of(t); ++i) largest = std::max(largest, most(i));
+    if (sink) largest = std::max(largest, *sink);
     float* out = attended + (t * c.heads + head * group + h) * size;
     std::fill(out, out + size, 0.0f);
-    float total = 0.0f;
+    float total = sink ? std::exp(*sink - largest) : 0.0f;
     for (int64_t i = 0; i < splits_of(t); ++i) {
       const float* part = parts + i * partial_size();
       const float factor = std::exp(most(i) - largest);
@@ -162,7 +179,7 @@ void Layer::choose_experts(int64_t t) const {
   }
   if (guesses()) {
     const int64_t count = c.guess.weight.rows;
-    largest(guess_logits + t * count, count, c.guess.top_k, s.guesses + row * c.guess.top_k);
+    guess(c.guess, guess_logits + t * count, s.guesses + row * c.guess.top_k);
   }
 }
 

@@ -13,9 +13,13 @@ namespace moecli {
 struct Place {
   uint8_t* keys;
   uint8_t* values;
-  int64_t head_stride;  // bytes from head to head
-  int64_t ring;         // a position's slot is position % ring; 0: the position itself
-  FloatType type;
+  uint8_t* key_scales;    // [K, slots] in bf16, of integers; else null
+  uint8_t* value_scales;
+  int64_t head_stride;    // bytes from head to head
+  int64_t scale_stride;
+  int64_t ring;           // a position's slot is position % ring; 0: the position itself
+  KeptType type;
+  bool window;            // one sees all of the ring, in any order; else up to the own slot
 };
 
 enum HeadNorm { kNoNorm = 0, kBeforeRope = 1, kAfterRope = 2 };
@@ -24,12 +28,14 @@ enum HeadNorm { kNoNorm = 0, kBeforeRope = 1, kAfterRope = 2 };
 struct LayerCall {
   int64_t index;  // which of a sequence's places
   int64_t hidden_size, heads, kv_heads, head_size;
+  int64_t turned;  // how many elements of a head RoPE turns, its first ones
   Rope rope;
   HeadNorm norm;
   bool tempered;
   float eps;
   const float* input_norm;  // [H]
   const float* head_norm;   // [N + K, D], or null
+  const float* sinks;       // [N]: scores that take weight and give no value; or null
   const float* post_norm;   // [H]
   Weight q, k, v, o;
   Router router;            // no weight: there are no experts
@@ -41,7 +47,7 @@ struct LayerCall {
 struct StepCall {
   int64_t tokens;
   const int64_t* positions;    // [T]
-  const float* turns;          // [T, D / 2, 2]
+  const float* turns;          // [T, turned / 2, 2]
   const float* temperature;    // [T], or null
   const Place* const* places;  // [T]: each the places of its sequence, by layer
   float* hidden;               // [T, H]

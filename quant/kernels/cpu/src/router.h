@@ -5,18 +5,26 @@
 
 namespace moecli {
 
+// What makes logits weights. "Grouped": experts are chosen by sigmoid and correction, in the best
+// groups alone, of which each is as good as its two best experts together; weights are by sigmoid.
+enum RouterKind { kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2, kGrouped = 3 };
+
 struct Router {
   Weight weight;  // [E, H]
   int64_t top_k;
-  bool sigmoid;    // else softmax
+  RouterKind kind;
   bool normalize;  // the weights of a token's choice sum to one
+  // Of kGrouped alone:
+  const float* correction;      // [E]
+  int64_t groups, best_groups;  // of as many experts each, and how many of them are chosen from
+  float scale;                  // by which weights are multiplied in the end
 };
 
 // Of one token: ids [k], the likeliest first, and their weights [k]. Equal ones come in the order
 // in which torch.topk has them. logits [E] are overwritten.
 void choose(const Router& router, float* logits, int64_t* ids, float* weights);
 
-// Indices of the k largest of `count` values, as torch.topk orders them.
-void largest(const float* values, int64_t count, int64_t k, int64_t* ids);
+// Of one token: ids [k] of those that it would probably choose. logits [E] are overwritten.
+void guess(const Router& router, float* logits, int64_t* ids);
 
 }  // namespace moecli

@@ -24,13 +24,22 @@ enum FloatType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Activation { kSilu = 0, kClampedSwiglu = 1 };
 enum Rope { kNoRope = 0, kInterleaved = 1, kHalf = 2 };
 
+// How a cache keeps a head's key, or value: floats, or integers up to 127 times a scale in bf16.
+enum KeptType { kKeptFloat32 = 0, kKeptBfloat16 = 1, kKeptInt8 = 2 };
+
+constexpr int64_t kept_nbytes(KeptType type) {
+  return type == kKeptFloat32 ? 4 : type == kKeptBfloat16 ? 2 : 1;
+}
+
 // A part of what one key head has in a cache: rows of D keys, and of D values.
 struct Slots {
   const uint8_t* keys;
   const uint8_t* values;
-  FloatType type;  // fp32 or bf16
-  int64_t size;    // D
-  int64_t count;   // 1 to kSplit
+  const uint8_t* key_scales;  // of integers, one a row; else null
+  const uint8_t* value_scales;
+  KeptType type;
+  int64_t size;   // D
+  int64_t count;  // 1 to kSplit
 };
 
 constexpr int64_t kSplit = 512;  // slots that are looked at as one; never depends on threads
@@ -100,7 +109,8 @@ struct Kernels {
   // Heads. out = x / sqrt(mean of squares + eps) * weight; no weight: ones. out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t count);
   void (*rotate)(Rope rope, const float* turns, float* x, int64_t size);
-  void (*store_floats)(const float* x, FloatType type, uint8_t* out, int64_t count);
+  // x [count] as a cache keeps it; scale: of integers, where their scale goes.
+  void (*store_head)(const float* x, KeptType type, uint8_t* out, uint8_t* scale, int64_t count);
   // Of `group` queries q [group, P] with zeros behind D: sums out [group, P] of exp(score - most)
   // times value, and of exp(score - most) alone. scores: scratch [group, kSplit].
   void (*attend)(const Slots& slots, const float* q, int64_t group, float* out, float* most,

@@ -176,6 +176,10 @@ struct Vec {
     const uint16x8_t x = load_halves(p);
     return floats(vshll_n_u16(vget_low_u16(x), 16), vshll_n_u16(vget_high_u16(x), 16));
   }
+  static F load_int8(const uint8_t* p) {
+    const int16x8_t x = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p)));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(x)))};
+  }
   static F load_fp16(const uint8_t* p) {
     const float16x8_t x = vreinterpretq_f16_u16(load_halves(p));
     return {vcvt_f32_f16(vget_low_f16(x)), vcvt_f32_f16(vget_high_f16(x))};

@@ -207,6 +207,9 @@ struct Vec {
   static F load_bf16(const uint8_t* p) {
     return each([&](int i) { return bf16(p + 2 * i); });
   }
+  static F load_int8(const uint8_t* p) {
+    return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+  }
   static F load_fp16(const uint8_t* p) {
     return each([&](int i) { return fp16(p + 2 * i); });
   }
