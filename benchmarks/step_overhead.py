@@ -1,6 +1,7 @@
 """How much of a decode step on the processor is not the reading of weights.
 
-    python benchmarks/step_overhead.py [--threads N] [--position P] [--json FILE]
+    python benchmarks/step_overhead.py [--threads N] [--position P] [--kv-dtype D]
+        [--json FILE]
 
 A model of random weights with the shapes of Qwen3-30B-A3B's layers, all experts resident, experts
 INT4 in groups of 32 and the rest INT8 in groups of 128. In each round a step is timed; the same
@@ -68,6 +69,7 @@ QWEN3_30B = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+KV_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 EXPERTS, DENSE = QuantScheme(4, 32), QuantScheme(8, 128)
 READ_NBYTES = 1 << 30  # several times what caches hold
 BLOBS = 8  # experts of the file; all others are copies
@@ -96,6 +98,7 @@ class Report:
     threads: int
     layers: int
     position: int
+    kv_dtype: str
     rounds: int
     step_nbytes: int  # of weights, a step reads
     median: Step
@@ -108,7 +111,7 @@ class Report:
 class Model:
     """A decoder of random weights over a manager that holds all experts."""
 
-    def __init__(self, layers: int, ctx: int, folder: Path) -> None:
+    def __init__(self, layers: int, ctx: int, kv_dtype: torch.dtype, folder: Path) -> None:
         self.spec = ModelSpec.from_hf({**QWEN3_30B, "num_hidden_layers": layers})
         spec = self.spec
         self.layout = ExpertLayout(spec.hidden_size, spec.expert_intermediate_size, EXPERTS)
@@ -129,7 +132,7 @@ class Model:
         provider = OffloadedExperts(self.manager, self.layout, spec, usage)
         self.provider = provider
         self.decoder = Decoder(spec, dense.__getitem__, provider)
-        self.cache = KvCache(spec, ctx)
+        self.cache = KvCache(spec, ctx, kv_dtype)
 
     def _blob(self, seed: int) -> Tensor:
         shapes = self.layout.projections.values()
@@ -268,11 +271,11 @@ class Times:
         )
 
 
-def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
+def measure(layers: int, position: int, threads: int, rounds: int, kv_dtype: str) -> Report:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        model = Model(layers, position + 2, Path(folder))
+        model = Model(layers, position + 2, KV_DTYPES[kv_dtype], Path(folder))
     vocabulary = model.spec.vocab_size
     prompt = torch.randint(0, vocabulary, (position,))
     model.decoder.forward(Batch.of(prompt, model.cache))
@@ -303,6 +306,7 @@ def measure(layers: int, position: int, threads: int, rounds: int) -> Report:
         threads=threads,
         layers=layers,
         position=position,
+        kv_dtype=kv_dtype,
         rounds=rounds,
         step_nbytes=model.step_nbytes,
         median=times.at(0.5, model.step_nbytes),
@@ -324,10 +328,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--position", type=int, default=200)
+    parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default="bf16")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    report = measure(options.layers, options.position, options.threads, options.rounds)
+    report = measure(
+        options.layers, options.position, options.threads, options.rounds, options.kv_dtype
+    )
     found = rounded(asdict(report))
     print(json.dumps(found, indent=1))
     if options.json:
