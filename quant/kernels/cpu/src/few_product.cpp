@@ -62,18 +62,18 @@ void FewProduct::multiply(int64_t item) const {
   rows(weights[i], row, std::min(kRows, all - row), outs[i] + row, all, read_by(whole + threads));
 }
 
-const uint8_t* FewProduct::read_by(int64_t item) const {
+Next FewProduct::read_by(int64_t item) const {
   for (int i = 0; i < count; ++i) {
     const Matrix& m = weights[i].matrix;
     const int64_t items = parts(weights[i].rows, kRows);
-    if (item < items) return m.packed + item * kRows * m.packed_stride;
+    if (item < items) return Next::of(m, item * kRows);
     item -= items;
   }
-  return then ? then->read_by(item) : nullptr;
+  return then ? then->read_by(item) : Next();
 }
 
 void FewProduct::rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld,
-                      const uint8_t* next) const {
+                      const Next& next) const {
   const int n = static_cast<int>(tokens);
   if (turned()) {
     uint8_t* scratch = thread_scratch(k.tiles_scratch(in(), weight.matrix.bits));

@@ -48,9 +48,9 @@ struct FewProduct {
   void multiply(int64_t item) const;
   // Some rows of one weight, biases included: out[t * ld + r]. next: as `rows_matmul` has it.
   void rows(const Weight& weight, int64_t row, int64_t some, float* out, int64_t ld,
-            const uint8_t* next) const;
-  // What an item reads; beyond the last one, what `then` reads. Null where there is nothing.
-  const uint8_t* read_by(int64_t item) const;
+            const Next& next) const;
+  // What an item reads; beyond the last one, what `then` reads.
+  Next read_by(int64_t item) const;
 
  private:
   bool turned() const { return weights[0].quantized() && !is_few(tokens); }

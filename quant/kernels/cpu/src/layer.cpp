@@ -147,10 +147,9 @@ void Layer::combine(int64_t item) const {
     const float* sink = c.sinks ? c.sinks + head * group + h : nullptr;
     float largest = most(0);
     for (int64_t i = 1; i < splits_of(t); ++i) largest = std::max(largest, most(i));
-    if (sink) largest = std::max(largest, *sink);
     float* out = attended + (t * c.heads + head * group + h) * size;
     std::fill(out, out + size, 0.0f);
-    float total = sink ? std::exp(*sink - largest) : 0.0f;
+    float total = sink ? std::exp(*sink - largest) : 0.0f;  // infinite: it takes all
     for (int64_t i = 0; i < splits_of(t); ++i) {
       const float* part = parts + i * partial_size();
       const float factor = std::exp(most(i) - largest);
@@ -281,9 +280,8 @@ void mlp(const Kernels& kernels, const MlpCall& call, const float* x, int64_t to
     float up[kMostTokens * kRows];
     const Matrix &gates = call.gate.matrix, &ups = call.up.matrix;
     const int64_t after = row + threads * kRows;  // what this thread will probably take next
-    const uint8_t* next = after < size ? gates.packed + after * gates.packed_stride
-                                       : outer.read_by((after - size) / kRows);
-    inner.rows(call.gate, row, some, values + row, size, ups.packed + row * ups.packed_stride);
+    const Next next = after < size ? Next::of(gates, after) : outer.read_by((after - size) / kRows);
+    inner.rows(call.gate, row, some, values + row, size, Next::of(ups, row));
     inner.rows(call.up, row, some, up, some, next);
     for (int64_t t = 0; t < tokens; ++t) {
       float* gate = values + t * size + row;

@@ -52,12 +52,12 @@ struct Product {
     return *one;
   }
 
-  // The codes of what this thread will probably take next.
-  const uint8_t* after(int64_t item) const {
-    if (item + threads >= items()) return nullptr;
+  // What this thread will probably take next.
+  Next after(int64_t item) const {
+    if (item + threads >= items()) return {};
     int64_t row;
     const Matrix& m = find(item + threads, &row).weight;
-    return m.packed + row * m.packed_stride;
+    return Next::of(m, row);
   }
 
   int64_t items() const {

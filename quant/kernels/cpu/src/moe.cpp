@@ -45,9 +45,8 @@ struct Layer {
   float input_factor(int choice) const { return c.weight_on_input ? c.weights[choice] : 1.0f; }
   Matrix matrix(const uint8_t* blob, int which) const;
   int64_t inner_parts() const { return (inner_size + inner_rows - 1) / inner_rows; }
-  const uint8_t* codes(const Chosen& e, int which, int64_t row) const {
-    const Matrix m = matrix(e.blob, which);
-    return m.packed + row * m.packed_stride;
+  Next at(const Chosen& e, int which, int64_t row) const {
+    return Next::of(matrix(e.blob, which), row);
   }
   uint8_t* rows_of(int choice) const {
     const int64_t which = c.weight_on_input ? choice : token(choice);
@@ -57,8 +56,8 @@ struct Layer {
   void quantize(int64_t item) const;
   void interleave(int64_t item) const;
   void inner(int64_t item) const;
-  void inner_few(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const;
-  void inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const;
+  void inner_few(const Chosen& e, int64_t row, int64_t rows, const Next& next) const;
+  void inner_many(const Chosen& e, int64_t row, int64_t rows, const Next& next) const;
   void outer(int64_t item) const;
   void bias(const Chosen& e, int which, int64_t row, int64_t rows, float* y) const;
   void add(const Chosen& e, int64_t row, int64_t rows, const float* y, float* sums) const;
@@ -171,9 +170,9 @@ void Layer::inner(int64_t item) const {
   const int64_t parts = inner_parts(), after = item + threads;
   const Chosen& e = chosen[item / parts];
   const int64_t row = item % parts * inner_rows, rows = std::min(inner_rows, inner_size - row);
-  const uint8_t* next = nullptr;
+  Next next;
   if (after < parts * static_cast<int64_t>(chosen.size())) {
-    next = codes(chosen[after / parts], 0, after % parts * inner_rows);
+    next = at(chosen[after / parts], 0, after % parts * inner_rows);
   }
   if (e.few) {
     inner_few(e, row, rows, next);
@@ -182,11 +181,11 @@ void Layer::inner(int64_t item) const {
   }
 }
 
-void Layer::inner_few(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const {
+void Layer::inner_few(const Chosen& e, int64_t row, int64_t rows, const Next& next) const {
   float gate[kFew * kInnerRows], up[kFew * kInnerRows];
   const uint8_t* x[kFew];
   for (int i = 0; i < e.count; ++i) x[i] = rows_of(order[e.first + i]);
-  k.rows_matmul(matrix(e.blob, 0), row, rows, x, e.count, gate, rows, codes(e, 1, row));
+  k.rows_matmul(matrix(e.blob, 0), row, rows, x, e.count, gate, rows, at(e, 1, row));
   k.rows_matmul(matrix(e.blob, 1), row, rows, x, e.count, up, rows, next);
   bias(e, 0, row, rows, gate);
   bias(e, 1, row, rows, up);
@@ -197,7 +196,7 @@ void Layer::inner_few(const Chosen& e, int64_t row, int64_t rows, const uint8_t*
   }
 }
 
-void Layer::inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t* next) const {
+void Layer::inner_many(const Chosen& e, int64_t row, int64_t rows, const Next& next) const {
   const int64_t scratch_size = aligned(k.tiles_scratch(c.hidden_size, c.bits));
   const int64_t values = e.count * rows, plain_size = aligned(k.plain_nbytes(rows));
   uint8_t* scratch = thread_scratch(scratch_size + plain_size + 2 * values * 4);
@@ -206,7 +205,7 @@ void Layer::inner_many(const Chosen& e, int64_t row, int64_t rows, const uint8_t
   float* up = gate + values;
   const uint8_t* x = memory + e.input;
   const Matrix gates = matrix(e.blob, 0), ups = matrix(e.blob, 1);
-  k.tiles_matmul(gates, row, rows, x, e.count, gate, rows, scratch, codes(e, 1, row));
+  k.tiles_matmul(gates, row, rows, x, e.count, gate, rows, scratch, at(e, 1, row));
   k.tiles_matmul(ups, row, rows, x, e.count, up, rows, scratch, next);
   bias(e, 0, row, rows, gate);
   bias(e, 1, row, rows, up);
@@ -238,11 +237,11 @@ void Layer::outer(int64_t item) const {
   for (size_t which = 0; which < chosen.size(); ++which) {
     const Chosen& e = chosen[which];
     const Matrix down = matrix(e.blob, 2);
-    const uint8_t* next = nullptr;
+    Next next;
     if (which + 1 < chosen.size()) {
-      next = codes(chosen[which + 1], 2, row);
+      next = at(chosen[which + 1], 2, row);
     } else if (row + threads * out_rows < c.hidden_size) {
-      next = codes(chosen[0], 2, row + threads * out_rows);
+      next = at(chosen[0], 2, row + threads * out_rows);
     }
     if (e.few) {
       const uint8_t* x[kFew];

@@ -15,6 +15,7 @@
 namespace {
 
 using moecli::Matrix;
+using moecli::Next;
 
 template <int bits>
 struct Chunk {
@@ -147,7 +148,7 @@ inline __attribute__((always_inline)) void add_chunk(const Vec::B (&packed)[R],
 struct Rows {
   const Matrix& m;
   int64_t first, end;
-  const uint8_t* next;
+  Next next;
 
   int64_t distance() const { return (16384 + m.packed_stride - 1) / m.packed_stride; }
   const uint8_t* codes(int64_t r) const { return m.packed + (first + r) * m.packed_stride; }
@@ -155,9 +156,13 @@ struct Rows {
   const uint8_t* codes_ahead(int64_t r) const {
     const int64_t row = first + r + distance();
     if (row < end) return m.packed + row * m.packed_stride;
-    return next ? next + (row - end) * m.packed_stride : codes(r);
+    return next.codes ? next.codes + (row - end) * m.packed_stride : codes(r);
   }
-  const uint8_t* scales_ahead(int64_t r) const { return scales(r + distance()); }
+  const uint8_t* scales_ahead(int64_t r) const {
+    const int64_t row = first + r + distance();
+    if (row < end) return m.scale + row * m.scale_stride;
+    return next.codes ? next.scales + (row - end) * m.scale_stride : scales(r);
+  }
 };
 
 template <int bits, int group, int R, int N>
@@ -208,7 +213,7 @@ void rows_micro(const Rows& rows, const uint8_t* const* tokens, int64_t from, bo
 // the nearest cache.
 template <int bits, int group>
 void rows_of_two(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, float* out,
-                 int64_t ld, const uint8_t* next) {
+                 int64_t ld, const Next& next) {
   constexpr int R = Vec::L == 16 ? 4 : 2;
   constexpr int64_t kPart = 2048;
   const int64_t part = m.in <= 2 * kPart ? m.in : kPart, end = row0 + rows;
@@ -219,7 +224,10 @@ void rows_of_two(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* con
     piece.in = m.in - begin < part ? m.in - begin : part;
     const int64_t from = begin / Chunk<bits>::kElements * Chunk<bits>::kBytes;
     const bool last = begin + part >= m.in, add = begin > 0;
-    const uint8_t* after = last ? next : piece.packed + row0 * m.packed_stride + part * bits / 8;
+    Matrix following = piece;
+    following.packed += part * bits / 8;
+    following.scale += part / group * 2;
+    const Next after = last ? next : Next::of(following, row0);
     int64_t r = 0;
     for (; r + R <= rows; r += R) {
       rows_micro<bits, group, R, 2>({piece, row0 + r, end, after}, x, from, add, out + r, ld);
@@ -233,7 +241,7 @@ void rows_of_two(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* con
 // One token: row by row, which is one stream of memory.
 template <int bits, int group>
 void rows_of(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
-             float* out, int64_t ld, const uint8_t* next) {
+             float* out, int64_t ld, const Next& next) {
   if (n == 2) return rows_of_two<bits, group>(m, row0, rows, x, out, ld, next);
   for (int64_t r = 0; r < rows; ++r) {
     rows_micro<bits, group, 1, 1>({m, row0 + r, row0 + rows, next}, x, 0, false, out + r, ld);
@@ -241,7 +249,7 @@ void rows_of(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* 
 }
 
 inline void rows_matmul(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x,
-                        int n, float* out, int64_t ld, const uint8_t* next) {
+                        int n, float* out, int64_t ld, const Next& next) {
   switch (m.bits * 1000 + m.group) {
     case 4032: return rows_of<4, 32>(m, row0, rows, x, n, out, ld, next);
     case 4064: return rows_of<4, 64>(m, row0, rows, x, n, out, ld, next);

@@ -299,9 +299,9 @@ void tiles_part(const uint8_t* scratch, int64_t in, int64_t begin, int64_t rows,
 }
 
 // What is turned after a part of some rows: that of more rows, the next part of the first ones, or
-// the first part of the next product, of which only the codes are known.
+// the first part of the next product.
 inline Fetch turned_next(const Matrix& m, int64_t row0, int64_t rows, int64_t row, int64_t begin,
-                         const uint8_t* next, int64_t steps) {
+                         const Next& next, int64_t steps) {
   constexpr int64_t kRows = kTiles * Vec::L;
   row += kRows;
   if (row >= rows) row = 0, begin += kPart;
@@ -310,14 +310,14 @@ inline Fetch turned_next(const Matrix& m, int64_t row0, int64_t rows, int64_t ro
   const int64_t size = part_size(m.in, begin), count = rows - row < kRows ? rows - row : kRows;
   const uint8_t* codes = m.packed + (row0 + row) * m.packed_stride + begin * m.bits / 8;
   const uint8_t* scales = m.scale + (row0 + row) * m.scale_stride + begin / m.group * 2;
-  return Fetch({ends ? next : codes, m.packed_stride, size * m.bits / 8, count},
-               {ends ? nullptr : scales, m.scale_stride, size / m.group * 2, count}, steps);
+  return Fetch({ends ? next.codes : codes, m.packed_stride, size * m.bits / 8, count},
+               {ends ? next.scales : scales, m.scale_stride, size / m.group * 2, count}, steps);
 }
 
 // Part by part of the rows, so that what tokens have of a part serves all rows.
 template <int bits, int spans>
 void tiles_of(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int n, float* out,
-              int64_t ld, uint8_t* scratch, const uint8_t* next) {
+              int64_t ld, uint8_t* scratch, const Next& next) {
   constexpr int64_t kRows = kTiles * Vec::L;
   for (int64_t begin = 0; begin < m.in; begin += kPart) {
     Matrix piece = m;
@@ -341,7 +341,7 @@ void tiles_of(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int
 }
 
 inline void tiles_matmul(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int n,
-                         float* out, int64_t ld, uint8_t* scratch, const uint8_t* next) {
+                         float* out, int64_t ld, uint8_t* scratch, const Next& next) {
   switch (m.bits * 1000 + m.group) {
     case 4032: return tiles_of<4, 1>(m, row0, rows, x, n, out, ld, scratch, next);
     case 4064: return tiles_of<4, 2>(m, row0, rows, x, n, out, ld, scratch, next);

@@ -20,6 +20,17 @@ struct Matrix {
   int group;              // 32, 64 or 128
 };
 
+// What a thread will probably read after some rows of a matrix: rows of the same size, whose codes and
+// scales begin there. Null where that is not known.
+struct Next {
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+
+  static Next of(const Matrix& m, int64_t row) {
+    return {m.packed + row * m.packed_stride, m.scale + row * m.scale_stride};
+  }
+};
+
 enum FloatType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum Activation { kSilu = 0, kClampedSwiglu = 1 };
 enum Rope { kNoRope = 0, kInterleaved = 1, kHalf = 2 };
@@ -76,10 +87,10 @@ struct Kernels {
   // Elements begin..begin+count-1, both multiples of 32, of factor * x.
   void (*rows_quantize)(const float* x, float factor, int64_t begin, int64_t count, int bits,
                         uint8_t* out);
-  // out[t * ld + r] = row (row0 + r) of m times token t, for `rows` rows; n is 1 or 2. `next`: the codes that
-  // this thread will probably read afterwards, fetched towards the end; or null.
+  // out[t * ld + r] = row (row0 + r) of m times token t, for `rows` rows; n is 1 or 2. What is
+  // next is fetched towards the end.
   void (*rows_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* const* x, int n,
-                      float* out, int64_t ld, const uint8_t* next);
+                      float* out, int64_t ld, const Next& next);
 
   // Tiles: a token is quantized by itself; blocks of up to `block` tokens are then interleaved.
   int block;
@@ -94,7 +105,7 @@ struct Kernels {
   // out[t * ld + r] for all tokens of all blocks. The more rows, the better what tokens have stays
   // in the second cache.
   void (*tiles_matmul)(const Matrix& m, int64_t row0, int64_t rows, const uint8_t* x, int n,
-                       float* out, int64_t ld, uint8_t* scratch, const uint8_t* next);
+                       float* out, int64_t ld, uint8_t* scratch, const Next& next);
 
   // out = activation(gate) * up
   void (*activate)(Activation kind, const float* gate, const float* up, float* out, int64_t count);
