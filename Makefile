@@ -1,6 +1,7 @@
 # Two commands matter: `make demo` shows what moecli does, `make test` proves it.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test asan lint soak bench interop gpu-check clean
@@ -17,8 +18,9 @@ $(VENV)/.dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" sh tools/demo.sh
 
+# Two tests at a time: most keep one core busy.
 test: $(VENV)/.dev lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 # The kernels for the processor, under the address sanitizer of g++.
 ASAN := build/asan/libmoecli_cpu.so
