@@ -8,7 +8,6 @@
 namespace moecli {
 namespace {
 
-constexpr int64_t kRows = 32;     // of an item
 constexpr int64_t kWidth = 1024;  // elements of an item, a multiple of 32
 
 int64_t parts(int64_t all, int64_t part) { return (all + part - 1) / part; }
@@ -50,23 +49,23 @@ void FewProduct::quantize(int64_t item) const {
 
 int64_t FewProduct::multiply_items() const {
   int64_t items = 0;
-  for (int i = 0; i < count; ++i) items += parts(weights[i].rows, kRows);
+  for (int i = 0; i < count; ++i) items += parts(weights[i].rows, item_rows());
   return items;
 }
 
 void FewProduct::multiply(int64_t item) const {
   const int64_t whole = item;
   int i = 0;
-  for (; item >= parts(weights[i].rows, kRows); ++i) item -= parts(weights[i].rows, kRows);
-  const int64_t row = item * kRows, all = weights[i].rows;
-  rows(weights[i], row, std::min(kRows, all - row), outs[i] + row, all, read_by(whole + threads));
+  for (; item >= parts(weights[i].rows, item_rows()); ++i) item -= parts(weights[i].rows, item_rows());
+  const int64_t row = item * item_rows(), all = weights[i].rows;
+  rows(weights[i], row, std::min(item_rows(), all - row), outs[i] + row, all, read_by(whole + threads));
 }
 
 Next FewProduct::read_by(int64_t item) const {
   for (int i = 0; i < count; ++i) {
     const Matrix& m = weights[i].matrix;
-    const int64_t items = parts(weights[i].rows, kRows);
-    if (item < items) return Next::of(m, item * kRows);
+    const int64_t items = parts(weights[i].rows, item_rows());
+    if (item < items) return Next::of(m, item * item_rows());
     item -= items;
   }
   return then ? then->read_by(item) : Next();

@@ -22,6 +22,8 @@ struct Weight {
 // more than `kFew` rows of codes are turned, as in tiles.h, which is faster then.
 struct FewProduct {
   static constexpr int kMost = 3;
+  static constexpr int64_t kGroup = 32;      // activations that have a scale of their own
+  static constexpr int64_t kMostRows = 128;  // of an item
 
   const Kernels& k;
   int64_t tokens;
@@ -29,6 +31,7 @@ struct FewProduct {
   Weight weights[kMost];
   float* outs[kMost];  // [T, rows] each
   int count = 0;
+  int64_t all_rows = 0;  // of all weights
   uint8_t* codes = nullptr;          // codes_nbytes(); of tokens one by one, or of blocks
   int threads;                       // that take the items
   const FewProduct* then = nullptr;  // whose weights are read after these
@@ -38,6 +41,12 @@ struct FewProduct {
   void add(const Weight& weight, float* out) {
     weights[count] = weight;
     outs[count++] = out;
+    all_rows += weight.rows;
+  }
+  // Of an item: a long run of memory, but items enough for all threads; whole groups of activations.
+  static int64_t item_rows(int64_t all_rows, int threads) {
+    const int64_t rows = all_rows / (8 * threads) / kGroup * kGroup;
+    return rows < kGroup ? kGroup : rows > kMostRows ? kMostRows : rows;
   }
 
   int64_t in() const { return weights[0].matrix.in; }
@@ -53,6 +62,7 @@ struct FewProduct {
   Next read_by(int64_t item) const;
 
  private:
+  int64_t item_rows() const { return item_rows(all_rows, threads); }
   bool turned() const { return weights[0].quantized() && !is_few(tokens); }
   int64_t stride() const;
 };

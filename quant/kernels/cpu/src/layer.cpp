@@ -258,10 +258,9 @@ void layer(const Kernels& kernels, const LayerCall& c, const StepCall& s, const 
 
 void mlp(const Kernels& kernels, const MlpCall& call, const float* x, int64_t tokens, float* out,
          int threads) {
-  constexpr int64_t kRows = 32;  // of an item: whole groups of activations
   Pool& pool = Pool::instance();
   const auto lock = pool.acquire();
-  const int64_t size = call.gate.rows;
+  const int64_t size = call.gate.rows, item_rows = FewProduct::item_rows(size, threads);
   FewProduct inner(kernels, tokens, x, threads), outer(kernels, tokens, nullptr, threads);
   inner.add(call.gate, nullptr), inner.add(call.up, nullptr);
   outer.add(call.down, out);
@@ -276,11 +275,11 @@ void mlp(const Kernels& kernels, const MlpCall& call, const float* x, int64_t to
 
   auto quantize = [&](int64_t i) { inner.quantize(i); };
   auto multiply = [&](int64_t i) {
-    const int64_t row = i * kRows, some = std::min(kRows, size - row);
-    float up[kMostTokens * kRows];
+    const int64_t row = i * item_rows, some = std::min(item_rows, size - row);
+    float up[kMostTokens * FewProduct::kMostRows];
     const Matrix &gates = call.gate.matrix, &ups = call.up.matrix;
-    const int64_t after = row + threads * kRows;  // what this thread will probably take next
-    const Next next = after < size ? Next::of(gates, after) : outer.read_by((after - size) / kRows);
+    const int64_t after = row + threads * item_rows;  // what this thread will probably take next
+    const Next next = after < size ? Next::of(gates, after) : outer.read_by((after - size) / item_rows);
     inner.rows(call.gate, row, some, values + row, size, Next::of(ups, row));
     inner.rows(call.up, row, some, up, some, next);
     for (int64_t t = 0; t < tokens; ++t) {
@@ -292,7 +291,7 @@ void mlp(const Kernels& kernels, const MlpCall& call, const float* x, int64_t to
   auto multiply_down = [&](int64_t i) { outer.multiply(i); };
   const Phase phases[] = {
       Phase::of(inner.quantize_items(), quantize),
-      Phase::of((size + kRows - 1) / kRows, multiply),
+      Phase::of((size + item_rows - 1) / item_rows, multiply),
       Phase::of(outer.quantize_items(), quantize_values),
       Phase::of(outer.multiply_items(), multiply_down),
   };
