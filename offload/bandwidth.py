@@ -32,29 +32,52 @@ class DiskBandwidth:
 
 
 def measure_ram(threads: int = 1, nbytes: int = 256 << 20) -> float | None:
-    """Bytes a second that `threads` threads together read; None without a C library to ask.
-
-    Compares two equal halves of a block far larger than any cache: reads only, by the fastest
-    instructions that the C library knows.
-    """
-    memcmp = _memcmp()
-    if memcmp is None:
+    """Bytes a second that `threads` threads together read; None without a C library to ask."""
+    if _memcmp() is None:
         return None
-    assert threads >= 1, f"{threads} threads"
-    share = nbytes // (2 * threads) // mmap.PAGESIZE * mmap.PAGESIZE
-    with mmap.mmap(-1, 2 * share * threads) as block:
-        anchor = ctypes.c_char.from_buffer(block)
-        base = ctypes.addressof(anchor)
-        ctypes.memset(base, 1, len(block))  # untouched pages would all be one page of zeros
-        half = share * threads
+    with RamBlock(threads, nbytes) as block:
+        return max(block.read() for _ in range(3))
+
+
+class RamBlock:
+    """A block of memory, far larger than caches if it is to tell something, that threads read.
+
+    Two equal halves are compared: reads only, by the fastest instructions that the C library knows.
+    Raises OffloadError without a C library to ask. Close it.
+    """
+
+    def __init__(self, threads: int, nbytes: int) -> None:
+        assert threads >= 1, f"{threads} threads"
+        memcmp = _memcmp()
+        if memcmp is None:
+            raise OffloadError("this system has no memcmp to read memory with")
+        self._memcmp, self._threads = memcmp, threads
+        self._share = nbytes // (2 * threads) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, 2 * self._share * threads)
+        anchor = ctypes.c_char.from_buffer(self._map)
+        self._base = ctypes.addressof(anchor)
+        del anchor  # an export that outlived this line would keep the block from being unmapped
+        # Untouched pages would all be one page of zeros.
+        ctypes.memset(self._base, 1, len(self._map))
+
+    def read(self) -> float:
+        """All of it once, by all threads; returns bytes a second."""
+        half = self._share * self._threads
 
         def read(i: int) -> None:
-            equal = memcmp(base + i * share, base + half + i * share, share) == 0
-            assert equal, "memory changed under the measurement"
+            at = self._base + i * self._share
+            assert self._memcmp(at, at + half, self._share) == 0, "memory changed meanwhile"
 
-        best = min(_timed(read, threads) for _ in range(3))
-        del anchor
-    return 2 * share * threads / best
+        return 2 * half / _timed(read, self._threads)
+
+    def close(self) -> None:
+        self._map.close()
+
+    def __enter__(self) -> "RamBlock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _memcmp() -> Callable[[int, int, int], int] | None:

@@ -8,10 +8,12 @@ from typing import Any
 
 from benchmarks.llama.shapes import Shape
 from benchmarks.llama.workers import Worker
-from offload.bandwidth import measure_ram
+from offload.bandwidth import RamBlock, measure_ram
 
 _PROBE = list(range(100, 148))  # a prompt whose logits both sides must agree about
 _WARM_STEPS = 8
+_TURNS = 24  # decoding and memory, in turn
+_TURN_TOKENS = 16
 _READ_NBYTES = 1 << 30  # for memory's bandwidth: servers have caches of hundreds of MiB
 
 
@@ -158,6 +160,7 @@ def compare(shop: Shop, match: Match) -> dict[str, Any]:
             "routing": ours.ask("routing", tokens=settings.ctx - 2),
             "peers": meetings,
             "together": _together(ours, settings),
+            "beside_memory": _beside_memory(ours, settings),
         }
 
 
@@ -217,6 +220,21 @@ def _together(ours: Worker, settings: Settings) -> dict[str, list[float]]:
             steps = max(8, settings.new_tokens // count)
             rates[str(count)].append(ours.ask("together", tokens=steps, sequences=count))
     return rates
+
+
+def _beside_memory(ours: Worker, settings: Settings) -> dict[str, list[float]]:
+    """Tokens a second, a few at a time, and how fast memory was read before the first few, between
+    them and after the last.
+
+    Memory that others share is faster and slower from one second to the next.
+    """
+    rates: list[float] = []
+    with RamBlock(settings.threads, _READ_NBYTES) as block:
+        speeds = [block.read()]
+        for _ in range(_TURNS):
+            rates.append(ours.ask("decode", tokens=_TURN_TOKENS))
+            speeds.append(block.read())
+    return {"ram_bw": speeds, "decode": rates}
 
 
 def correlation(a: list[float], b: list[float]) -> float:

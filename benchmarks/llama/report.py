@@ -1,5 +1,6 @@
 """Knows what alternations add up to: medians of ratios, shares of bandwidth, and the marks."""
 
+import itertools
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,15 +63,23 @@ def summarize(comparison: dict[str, Any]) -> dict[str, Any]:
         best = min(peers, key=lambda name: peers[name][test]["ratio"].median)
         ratio = peers[best][test]["ratio"]
         marks.append(_mark(f"{test} against {best}", wanted, ratio.median))
-    if comparison["ours"].startswith("int4"):
-        shares = [peer["ours_share_of_ram_bw"].median for peer in peers.values()]
-        marks.append(_mark("share of memory bandwidth", WANTED_SHARE, statistics.median(shares)))
+    turns = comparison.get("beside_memory")  # reports of earlier versions have none
+    share = None if turns is None else share_of_memory(turns, read)
+    if share is not None and comparison["ours"].startswith("int4"):
+        marks.append(_mark("share of memory bandwidth", WANTED_SHARE, share.median))
     together = {count: Spread.of(rates) for count, rates in comparison["together"].items() if rates}
     if "1" in together:
         alone = together["1"].median
         least = min(together.values(), key=lambda spread: spread.median).median
         marks.append(_mark("slowest count of sequences against one", 1.0, least / alone))
-    return {"peers": peers, "together": together, "marks": marks}
+    return {"peers": peers, "together": together, "share": share, "marks": marks}
+
+
+def share_of_memory(turns: dict[str, list[float]], read_nbytes: float) -> Spread:
+    """Of what memory gave, on an average, before and after each few tokens."""
+    speeds = [(a + b) / 2 for a, b in itertools.pairwise(turns["ram_bw"])]
+    rates = turns["decode"]
+    return Spread.of(r * read_nbytes / s for r, s in zip(rates, speeds, strict=True))
 
 
 def _mark(what: str, wanted: float, reached: float) -> dict[str, Any]:
@@ -85,6 +94,7 @@ def tables(shapes: Iterable[dict[str, Any]]) -> str:
     )
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     together = ["| shape | moecli | sequences: tok/s of all |", "|---|---|---|"]
+    shares = ["| shape | moecli | of RAM bandwidth, in short turns |", "|---|---|---|"]
     marks = ["| shape | moecli | what | wanted | reached |", "|---|---|---|---|---|"]
     for shape in shapes:
         for comparison in shape["comparisons"]:
@@ -93,12 +103,13 @@ def tables(shapes: Iterable[dict[str, Any]]) -> str:
             counts = summary["together"].items()
             rates = ", ".join(f"{count}: {spread.median:.1f}" for count, spread in counts)
             together += [f"{who}| {rates} |"] if rates else []
+            shares += [f"{who}| {summary['share']} |"] if summary["share"] else []
             marks += [
                 f"{who}| {m['what']} | {m['wanted']:.2f} | {m['reached']:.2f}"
                 f"{'' if m['ok'] else ', missed'} |"
                 for m in summary["marks"]
             ]
-    return "\n".join([*lines, "", *together, "", *marks])
+    return "\n".join([*lines, "", *together, "", *shares, "", *marks])
 
 
 def _sized(comparison: dict[str, Any]) -> str:

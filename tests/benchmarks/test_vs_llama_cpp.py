@@ -182,6 +182,8 @@ def stand_in(tmp_path: Path) -> str:
 
 def test_the_whole_script_in_tiny_sizes(tmp_path: Path, stand_in: str, capsys, monkeypatch) -> None:
     monkeypatch.setattr(compare, "measure_ram", lambda threads, nbytes: 20e9)
+    monkeypatch.setattr(compare, "_READ_NBYTES", 1 << 20)
+    monkeypatch.setattr(compare, "_TURNS", 3)
     work, path = tmp_path / "work", tmp_path / "report.json"
     path.write_text('{"shapes": [{"name": "earlier"}]}')
     flags = ["--add", "--tiny", "--threads", "1", "--alternations", "2", "--pp", "12", "--tg", "3"]
@@ -200,6 +202,10 @@ def test_the_whole_script_in_tiny_sizes(tmp_path: Path, stand_in: str, capsys, m
         assert peer["alternations"][0]["ours_decode"] > 0
         assert abs(peer["correlation_of_logits"]) < 0.5, "the stand-in computes no model"
     assert {count: len(r) for count, r in comparison["together"].items()} == {"1": 2, "2": 2}
+    assert {what: len(r) for what, r in comparison["beside_memory"].items()} == {
+        "ram_bw": 4,
+        "decode": 3,
+    }
     assert comparison["summary"]["marks"]
     assert not (work / "tiny-qwen3").exists(), "models were left behind"
     table = capsys.readouterr().out
@@ -275,6 +281,7 @@ def comparison(ours: str = "int4") -> dict:
             for name, rounds in peers.items()
         ],
         "together": {"1": [10.0, 30.0, 20.0], "4": [15.0, 19.0, 16.0]},
+        "beside_memory": {"ram_bw": [20e9, 40e9, 30e9, 20e9], "decode": [108.0, 133.0, 40.0]},
     }
 
 
@@ -292,7 +299,8 @@ def test_ratios_are_taken_within_an_alternation_and_marks_against_the_best_peer(
     assert marks["prefill against slow"]["reached"] == 1.2
     together = marks["slowest count of sequences against one"]
     assert (together["reached"], together["ok"]) == (0.8, False)
-    assert 0.9 < marks["share of memory bandwidth"]["reached"] < 1.1
+    assert summary["share"].least == pytest.approx(40 * 0.25e9 / 25e9)
+    assert marks["share of memory bandwidth"]["reached"] == pytest.approx(108 * 0.25e9 / 30e9)
 
 
 def test_int8_has_marks_of_its_own() -> None:
