@@ -13,7 +13,7 @@ tenth of them, which is what a busy machine lets through:
 - `rest_share`: what is left of a step when its bytes are divided by the memory's bandwidth.
 - `overhead_share`: a step whose products do nothing, as a part of a whole one.
 
-Times are in microseconds.
+Times are in microseconds. `--json` adds to what the file holds of other threads and caches.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from moecli.models.batch import Batch
 from moecli.models.config import DenseTensor, ModelSpec
 from moecli.models.decoder import Decoder
 from moecli.sampler import new_generator, sample
-from offload.bandwidth import measure_ram
+from offload.bandwidth import RamBlock
 from offload.disk import DiskTier, ExpertSpan
 from offload.host import HostArena
 from offload.manager import ExpertManager
@@ -280,6 +280,7 @@ def measure(layers: int, position: int, threads: int, rounds: int, kv_dtype: str
     prompt = torch.randint(0, vocabulary, (position,))
     model.decoder.forward(Batch.of(prompt, model.cache))
     compiled, times = Compiled(model), Times()
+    block = RamBlock(threads, READ_NBYTES)
 
     def step() -> None:
         token = torch.randint(0, vocabulary, (1,))
@@ -299,7 +300,8 @@ def measure(layers: int, position: int, threads: int, rounds: int, kv_dtype: str
                     times.asking.append(us(step))
                 with plain(model):
                     times.plain.append(us(step))
-        times.bandwidths += [(measure_ram(threads, READ_NBYTES) or 0.0) / 1e9 for _ in range(3)]
+        times.bandwidths += [block.read() / 1e9 for _ in range(3)]
+    block.close()
     model.manager.close()
     return Report(
         isa=ops.cpu_isa(),
@@ -338,7 +340,9 @@ def main() -> None:
     found = rounded(asdict(report))
     print(json.dumps(found, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+        kept[f"{report.threads} threads, {report.kv_dtype}, position {report.position}"] = found
+        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
