@@ -18,9 +18,9 @@ $(VENV)/.dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" sh tools/demo.sh
 
-# Two tests at a time: most keep one core busy.
+# Two tests at a time: most keep one core busy. Threads that wait leave theirs to the other test.
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -n $(JOBS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # The kernels for the processor, under the address sanitizer of g++.
 ASAN := build/asan/libmoecli_cpu.so
@@ -28,7 +28,8 @@ asan: $(VENV)/.dev
 	CXX=g++ $(BIN)/python -m quant.kernels.cpu.build --asan $(ASAN)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 MOECLI_CPU_LIBRARY=$(abspath $(ASAN)) \
-		$(BIN)/pytest tests/quant/test_quant_cpu.py
+		$(BIN)/pytest -n $(JOBS) tests/quant/test_quant_cpu.py tests/models/test_models_few_tokens.py \
+		tests/quant/test_quant_scales.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
