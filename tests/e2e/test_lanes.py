@@ -423,7 +423,7 @@ def test_the_same_with_the_kernels_of_a_card(
     Without the host lane: the interpreter serves one thread at a time.
     """
     pytest.importorskip("triton")
-    sampling = SamplingConfig(temperature=0, max_tokens=2)  # interpreted, a token takes 10 s and more
+    sampling = SamplingConfig(temperature=0, max_tokens=2)  # interpreted: 10 s each and more
     share, prompt = little_for(placement), "Hi"
     plain, found = (
         on_device(quantized_wide, share, placement, lane, sampling, prompt, kernels=kernels).tokens
