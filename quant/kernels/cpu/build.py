@@ -5,6 +5,7 @@ binary runs on every processor of an architecture: what needs newer instructions
 itself, and chosen when it is loaded.
 """
 
+import argparse
 import os
 import shlex
 import shutil
@@ -124,11 +125,12 @@ def _run(command: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`[--asan] [TARGET]`"""
-    asan = "--asan" in arguments
-    paths = [Path(argument) for argument in arguments if argument != "--asan"]
+    parser = argparse.ArgumentParser(description="Compile moecli's kernels for the processor.")
+    parser.add_argument("target", type=Path, nargs="?", default=LIBRARY, help="instead of moecli's")
+    parser.add_argument("--asan", action="store_true", help="with the address sanitizer")
+    options = parser.parse_args(arguments)
     try:
-        print(build(*paths, asan=asan))
+        print(build(options.target, asan=options.asan))
     except BuildError as error:
         print(f"the kernels for the processor could not be compiled: {error}", file=sys.stderr)
         return 1
