@@ -41,10 +41,12 @@ class NoExperts:
     """Experts that add nothing, and remember what was asked of them."""
 
     def __init__(self) -> None:
+        self.hidden: list[Tensor] = []
         self.chosen: list[tuple[Tensor, Tensor]] = []
         self.guessed: list[Tensor] = []
 
     def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
+        self.hidden.append(hidden.clone())
         self.chosen.append((topk_ids.clone(), topk_weights.clone()))
         return Ready(torch.zeros_like(hidden))
 
@@ -402,6 +404,18 @@ def test_experts_that_tie_come_in_the_order_of_torch(router: str, experts: int, 
     ):
         assert found_ids.tolist() == want_ids.tolist()
         torch.testing.assert_close(found_weights, want_weights, rtol=1e-5, atol=1e-7)
+
+
+def test_experts_whom_nothing_speaks_for_get_no_weight_and_no_nan() -> None:
+    """Of a token that every row of the router points away from: all sigmoids are zero."""
+    spec = replace(GROUPED, layers=SPEC.layers[:1])
+    weights, provider = random_weights(spec), NoExperts()
+    run(decoder_of(spec, weights, provider), Batch.of(ids(1), new_cache(spec, 1)))
+    weights["layers.0.router"] = -1000 * provider.hidden[0].expand(spec.num_experts, -1).clone()
+    decoder = decoder_of(spec, weights, provider)
+    for few in (None, compiled(ISAS[0], decoder)):
+        run(decoder, Batch.of(ids(1), new_cache(spec, 1)), few)
+        assert provider.chosen[-1][1].tolist() == [[0.0] * spec.experts_per_token]
 
 
 @pytest.mark.parametrize("case", [SPEC, WINDOWS, GROUPED], ids=["plain", "bias", "grouped"])
