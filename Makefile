@@ -28,8 +28,8 @@ asan: $(VENV)/.dev
 	CXX=g++ $(BIN)/python -m quant.kernels.cpu.build --asan $(ASAN)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 MOECLI_CPU_LIBRARY=$(abspath $(ASAN)) \
-		$(BIN)/pytest -n $(JOBS) tests/quant/test_quant_cpu.py tests/models/test_models_few_tokens.py \
-		tests/quant/test_quant_scales.py
+		$(BIN)/pytest -n $(JOBS) tests/quant/test_quant_cpu.py tests/quant/test_quant_scales.py \
+		tests/models/test_models_few_tokens.py tests/models/test_models_few_int8.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

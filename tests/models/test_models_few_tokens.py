@@ -3,8 +3,6 @@
 Legend of the shapes: T tokens, H hidden, N query heads, K key heads, D head size, E experts.
 """
 
-import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,137 +13,32 @@ from torch import Tensor
 from moecli.kv_cache import KvCache
 from moecli.models.batch import Batch, SequenceSlice
 from moecli.models.config import GroupedRouting, LayerSpec, ModelSpec
-from moecli.models.decoder import Decoder
 from moecli.models.few_tokens import FewTokens
-from moecli.models.int8_heads import quantize_heads
-from moecli.models.moe import FloatExperts
-from moecli.models.provider import Ready
 from quant import ops
 from quant.bnb import BnbWeight
-from quant.kernels.cpu.library import Library, NoLibrary, library
 from quant.quantize import dequantize
 from quant.scheme import QuantScheme
 from quant.tensor import QuantizedWeight
-from tests.models.few_specs import CASES, CHUNKED, GROUPED, SPEC, WINDOWS, heads
+from tests.models.few_runs import (
+    ISAS,
+    TOLERANCE,
+    NoExperts,
+    assert_equal,
+    compiled,
+    decoder_of,
+    ids,
+    in_pieces,
+    library_of,
+    new_cache,
+    random_weights,
+    run,
+)
+from tests.models.few_specs import CASES, CHUNKED, GROUPED, SPEC, WINDOWS
 from tests.quant.quant_experts import random_weight
 
-try:
-    ISAS = library().isas
-except NoLibrary:
+if not ISAS:
     pytest.skip("there is no compiler here", allow_module_level=True)
-
-TOLERANCE = 1e-5
-
-
-class NoExperts:
-    """Experts that add nothing, and remember what was asked of them."""
-
-    def __init__(self) -> None:
-        self.hidden: list[Tensor] = []
-        self.chosen: list[tuple[Tensor, Tensor]] = []
-        self.guessed: list[Tensor] = []
-
-    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Ready:
-        self.hidden.append(hidden.clone())
-        self.chosen.append((topk_ids.clone(), topk_weights.clone()))
-        return Ready(torch.zeros_like(hidden))
-
-    def prefetch(self, layer: int, topk_ids: Tensor) -> None:
-        self.guessed.append(topk_ids.clone())
-
-    def resident(self, layer: int) -> None:
-        """They have no bytes."""
-
-
-@functools.cache
-def library_of(isa: str) -> Library:
-    return Library(library().path, isa)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def plain_pytorch() -> Iterator[None]:
-    """What is compared with: the decoder itself then never takes the compiled way."""
-    before = ops.current_backend()
-    ops.set_backend("reference")
-    yield
-    ops.set_backend(before)
-
-
-def random_weights(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for tensor in spec.dense_tensors:
-        noise = torch.randn(tensor.shape, generator=generator)
-        if tensor.name.endswith("norm"):
-            noise = 1 + 0.3 * noise
-        elif len(tensor.shape) > 1:
-            noise *= 1.5 * tensor.shape[1] ** -0.5
-        found[tensor.name] = noise.to(dtype)
-    return found
-
-
-def decoder_of(
-    spec: ModelSpec, weights: dict[str, Any] | None = None, experts: Any = None, guesses: int = 0
-) -> Decoder:
-    def load(layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(layer * 100 + expert)
-        shape = (spec.expert_intermediate_size, spec.hidden_size)
-        gate, up, down = (torch.randn(shape, generator=generator) / 8 for _ in range(3))
-        return gate, up, down.t()
-
-    provider = experts or FloatExperts(spec, load)
-    table = weights or random_weights(spec)
-    return Decoder(spec, table.__getitem__, provider, guesses=guesses)
-
-
-def new_cache(spec: ModelSpec, ctx: int, dtype: torch.dtype = torch.float32) -> KvCache:
-    """With numbers in it that nobody may look at."""
-    cache = KvCache(spec, ctx, dtype)
-    for layer in range(spec.num_layers):
-        cache.storage(layer).fill_(torch.nan)
-    return cache
-
-
-def compiled(isa: str, decoder: Decoder) -> FewTokens:
-    few = FewTokens.of(library_of(isa), decoder)
-    assert few is not None, "there is no compiled way of this decoder"
-    return few
-
-
-@torch.inference_mode()
-def run(decoder: Decoder, batch: Batch, few: FewTokens | None = None) -> Tensor:
-    """What the last layer leaves, [T, H]; by plain PyTorch, or the compiled way."""
-    for piece in batch.slices:
-        piece.cache.begin(piece.start, piece.length)
-    hidden, step = decoder.embedding(batch.token_ids), decoder.make_step(batch)
-    assert few is None or few.takes(step), "the compiled way does not take this step"
-    delta = decoder._all_layers(hidden, step) if few is None else few(hidden, step)
-    for piece in batch.slices:
-        piece.cache.commit()
-    return hidden + delta
-
-
-def ids(count: int, seed: int = 1) -> Tensor:
-    return torch.randint(
-        0, SPEC.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)
-    )
-
-
-def in_pieces(decoder: Decoder, cache: KvCache, sizes: list[int], few: FewTokens | None) -> Tensor:
-    """[T, H] of tokens that come in pieces of these sizes."""
-    pieces = ids(sum(sizes)).split(sizes)
-    return torch.cat([run(decoder, Batch.of(piece, cache), few) for piece in pieces])
-
-
-def assert_equal(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert found.shape == expected.shape
-    assert expected.std() > 0.1, "too flat to tell what is broken"
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,70 +77,6 @@ def test_a_long_context_is_looked_at_in_parts(isa: str, case: str, dtype: torch.
             caches[0].storage(0)[:, :, length:-1].float(),
             TOLERANCE if dtype == torch.float32 else 0.005,
         )
-
-
-@pytest.mark.parametrize("case", ["as_qwen3", "as_llama4", "as_gpt_oss", "odd_heads"])
-def test_a_cache_in_int8(isa: str, case: str) -> None:
-    """Beside plain PyTorch, which rounds queries and weights of values to bf16 there.
-
-    Numbers are stored by the same rule: they differ by a step where rounding was on the border.
-    """
-    spec = heads(6, 2, 34) if case == "odd_heads" else CASES[case]
-    decoder = decoder_of(spec)
-    sizes = [1, 1, 5, 1, *(([1] * 12) if spec.window else (8, 1, 3))]
-    caches = [KvCache(spec, 20, torch.int8) for _ in range(2)]
-    expected = in_pieces(decoder, caches[0], sizes, None)
-    found = in_pieces(decoder, caches[1], sizes, compiled(isa, decoder))
-    assert_equal(found, expected, 0.03)
-    (numbers, scales), (ours, our_scales) = (cache.kept(0) for cache in caches)
-    slots = slice(0, min(sum(sizes), numbers.shape[2]))
-    assert (numbers[:, :, slots] == ours[:, :, slots]).float().mean() > 0.98
-    assert scales is not None
-    assert our_scales is not None
-    torch.testing.assert_close(our_scales[:, :, slots], scales[:, :, slots], rtol=0.01, atol=0)
-
-
-def test_int8_keeps_what_torch_keeps(isa: str) -> None:
-    """Values that are their bias: of zeros, ties, the largest, and what is no number."""
-    spec = replace(SPEC, layers=SPEC.layers[:1], attention_bias=True)
-    tie = torch.tensor([127.0, 0.5, 1.5, -2.5, -126.5, 3.0, *([0.0] * 10)]) * 0.25
-    none = torch.tensor([1.0, torch.nan, -3.0, *([0.5] * 13)])
-    tiny = torch.full((16,), 1e-40)
-    wide = torch.tensor([3e38, -3e38, 1e30, *([1.0] * 13)])
-    for first, second in ((tie, torch.zeros(16)), (none, tiny), (wide, -tie)):
-        weights = random_weights(spec)
-        weights["layers.0.v_proj"].zero_()
-        weights["layers.0.v_proj.bias"] = torch.cat((first, second))
-        decoder, cache = decoder_of(spec, weights), KvCache(spec, 2, torch.int8)
-        run(decoder, Batch.of(ids(1), cache), compiled(isa, decoder))
-        numbers, scales = cache.kept(0)
-        assert scales is not None
-        want, want_scales = quantize_heads(torch.stack((first, second)))
-        torch.testing.assert_close(scales[1, :, 0], want_scales, rtol=0, atol=0, equal_nan=True)
-        known = want_scales.isfinite()
-        assert torch.equal(numbers[1, :, 0][known], want[known])
-
-
-def test_int8_is_looked_at_in_parts(isa: str) -> None:
-    """Lengths around the borders of parts of 512, every slot with a scale of its own."""
-    spec = replace(CASES["groups_of_5"], layers=SPEC.layers[:1])
-    decoder = decoder_of(spec)
-    few = compiled(isa, decoder)
-    for length in (511, 512, 513, 1300):
-        generator = torch.Generator().manual_seed(length)
-        caches = [KvCache(spec, length + 4, torch.int8) for _ in range(2)]
-        past, scales = caches[0].kept(0)
-        assert scales is not None
-        past.random_(-127, 128, generator=generator)
-        scales.copy_(torch.rand(scales.shape, generator=generator) / 64)
-        for new, old in zip(caches[1].kept(0), (past, scales), strict=True):
-            assert new is not None
-            new.copy_(old)
-        for cache in caches:
-            cache.begin(0, length)
-            cache.commit()
-        expected = run(decoder, Batch.of(ids(1), caches[0]))
-        assert_equal(run(decoder, Batch.of(ids(1), caches[1]), few), expected, 0.01)
 
 
 def test_a_large_score_neither_overflows_nor_drowns(isa: str) -> None:

@@ -45,6 +45,14 @@ def host(name: str) -> HostCompute:
     return HostCompute(name, lambda: 1)
 
 
+def put_into(file: Path, name: str, value: object) -> None:
+    """Into the one entry that the file has."""
+    content = json.loads(file.read_text())
+    (entry,) = content["machines"].values()
+    entry[name] = value
+    file.write_text(json.dumps(content))
+
+
 def test_each_is_measured_once(calls: list[str], file: Path) -> None:
     first = with_bandwidths(CARD, host("int4"), file=file)
     assert calls == ["ram", "link", "zero_copy", "vram", "compute"]
@@ -150,10 +158,7 @@ def test_a_broken_file_is_replaced(calls: list[str], file: Path, text: str) -> N
 @pytest.mark.parametrize("value", [None, "fast", -1, 0, True, [], float("inf"), float("nan")])
 def test_a_broken_number_is_measured_again(calls: list[str], file: Path, value: object) -> None:
     with_bandwidths(BARE, file=file)
-    content = json.loads(file.read_text())
-    (entry,) = content["machines"].values()
-    entry["ram_bw"] = value
-    file.write_text(json.dumps(content))
+    put_into(file, "ram_bw", value)
     assert with_bandwidths(BARE, file=file).ram_bw == 2
 
 
@@ -281,9 +286,6 @@ def test_who_is_never_alone_is_asked_a_few_times_and_the_most_is_kept(
 @pytest.mark.parametrize("broken", [7, [], {"ram_bw": "often"}, {"ram_bw": -1}, {"ram_bw": True}])
 def test_a_broken_count_counts_as_none(calls: list[str], file: Path, broken: object) -> None:
     with_bandwidths(BARE, file=file)
-    content = json.loads(file.read_text())
-    (entry,) = content["machines"].values()
-    entry["disturbed"] = broken
-    file.write_text(json.dumps(content))
+    put_into(file, "disturbed", broken)
     assert with_bandwidths(BARE, file=file).ram_bw == 1
     assert disturbed(BARE, file) == frozenset()

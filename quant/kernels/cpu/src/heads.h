@@ -12,6 +12,7 @@
 
 namespace {
 
+using moecli::from_bf16;
 using moecli::KeptType;
 using moecli::kSplit;
 using moecli::Rope;
@@ -61,15 +62,6 @@ inline void to_bf16(const float* x, uint8_t* out, int64_t count) {
     const uint16_t half = static_cast<uint16_t>((nan ? bits | 0x400000 : rounded) >> 16);
     std::memcpy(out + 2 * i, &half, 2);
   }
-}
-
-inline float from_bf16(const uint8_t* p) {
-  uint16_t half;
-  std::memcpy(&half, p, 2);
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
 }
 
 // The largest becomes 127 or -127, as exactly as a scale in bf16 allows. What is no number makes a

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace moecli {
 
@@ -26,7 +27,7 @@ struct Next {
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
 
-  static Next of(const Matrix& m, int64_t row) {
+  __attribute__((always_inline)) static Next of(const Matrix& m, int64_t row) {
     return {m.packed + row * m.packed_stride, m.scale + row * m.scale_stride};
   }
 };
@@ -37,10 +38,6 @@ enum Rope { kNoRope = 0, kInterleaved = 1, kHalf = 2 };
 
 // How a cache keeps a head's key, or value: floats, or integers up to 127 times a scale in bf16.
 enum KeptType { kKeptFloat32 = 0, kKeptBfloat16 = 1, kKeptInt8 = 2 };
-
-constexpr int64_t kept_nbytes(KeptType type) {
-  return type == kKeptFloat32 ? 4 : type == kKeptBfloat16 ? 2 : 1;
-}
 
 // A part of what one key head has in a cache: rows of D keys, and of D values.
 struct Slots {
@@ -131,7 +128,33 @@ struct Kernels {
   bool (*search_scales)(const ScaleSearch& search, int64_t begin, int64_t end);
 };
 
+// Where a line goes that is fetched from main memory before it is read. Intel's cores wait for 16 at
+// most on their way into the first cache, and for three times as many into the second: rows are
+// read 2.5 times as fast so. AMD's were faster with the first.
+extern const bool kFetchIntoSecond;
+
 namespace {  // of each file its own: see kernels.h
+
+inline void fetch(const void* at) {
+  if (kFetchIntoSecond) {
+    __builtin_prefetch(at, 0, 2);
+  } else {
+    __builtin_prefetch(at, 0, 0);
+  }
+}
+
+inline int64_t kept_nbytes(KeptType type) {
+  return type == kKeptFloat32 ? 4 : type == kKeptBfloat16 ? 2 : 1;
+}
+
+inline float from_bf16(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 
 // How n tokens are cut into blocks of at most `block`: as even as can be.
 struct Blocks {
@@ -146,17 +169,4 @@ struct Blocks {
 };
 
 }  // namespace
-// Where a line goes that is fetched from main memory before it is read. Intel's cores wait for 16 at
-// most on their way into the first cache, and for three times as many into the second: rows are
-// read 2.5 times as fast so. AMD's were faster with the first.
-extern const bool kFetchIntoSecond;
-
-inline void fetch(const void* at) {
-  if (kFetchIntoSecond) {
-    __builtin_prefetch(at, 0, 2);
-  } else {
-    __builtin_prefetch(at, 0, 0);
-  }
-}
-
 }  // namespace moecli

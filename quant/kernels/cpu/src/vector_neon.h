@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "types.h"
+
 namespace {
 
 struct Vec {
@@ -142,22 +144,16 @@ struct Vec {
     return {one(sum.a, x.a, y.a), one(sum.b, x.b, y.b)};
   }
 
-  static float bf16(const uint8_t* p) {
-    uint16_t value;
-    std::memcpy(&value, p, 2);
-    const uint32_t bits = uint32_t(value) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-  }
   // n values, each in L / n lanes that follow each other.
   template <int n>
   static F spread_bf16(const uint8_t* p) {
     if constexpr (n == 8) return load_bf16(p);
-    if constexpr (n == 1) return repeat(bf16(p));
-    if constexpr (n == 2) return {vdupq_n_f32(bf16(p)), vdupq_n_f32(bf16(p + 2))};
+    if constexpr (n == 1) return repeat(moecli::from_bf16(p));
+    if constexpr (n == 2) {
+      return {vdupq_n_f32(moecli::from_bf16(p)), vdupq_n_f32(moecli::from_bf16(p + 2))};
+    }
     float out[L];
-    for (int i = 0; i < L; ++i) out[i] = bf16(p + 2 * (i * n / L));
+    for (int i = 0; i < L; ++i) out[i] = moecli::from_bf16(p + 2 * (i * n / L));
     return load(out);
   }
   // Of 2 bf16 values in each lane one.

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "types.h"
+
 namespace {
 
 struct Vec {
@@ -187,14 +189,9 @@ struct Vec {
     return sum;
   }
 
-  static float bf16(const uint8_t* p) {
-    uint16_t value;
-    std::memcpy(&value, p, 2);
-    return from_bits(static_cast<uint32_t>(value) << 16);
-  }
   template <int n>
   static F spread_bf16(const uint8_t* p) {
-    return each([&](int i) { return bf16(p + 2 * (i * n / L)); });
+    return each([&](int i) { return moecli::from_bf16(p + 2 * (i * n / L)); });
   }
   // Of 2 bf16 values in each lane one.
   static F low_bf16(I pair) {
@@ -205,7 +202,7 @@ struct Vec {
   }
   // L values that follow each other.
   static F load_bf16(const uint8_t* p) {
-    return each([&](int i) { return bf16(p + 2 * i); });
+    return each([&](int i) { return moecli::from_bf16(p + 2 * i); });
   }
   static F load_int8(const uint8_t* p) {
     return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
